@@ -1,0 +1,104 @@
+"""Encoders: images (B, 3, H, W) in, pooled features (B, feature_dim) out."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from headsearch.config import EncoderConfig
+from headsearch.errors import StorageError
+
+FEATURE_DIMS: Final = {"resnet18": 512, "resnet34": 512, "resnet50": 2048}
+CIFAR_STEM_PIXELS: Final = 64
+SMALL_STRIDE_PIXELS: Final = 32
+
+
+class Encoder(nn.Module):
+    """A network that ends at its pooled features, and how many there are."""
+
+    def __init__(self, network: nn.Module, feature_dim: int) -> None:
+        super().__init__()
+        self.network = network
+        self.feature_dim = feature_dim
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features (B, feature_dim) of images (B, 3, H, W)."""
+        features: Tensor = self.network(images)
+        return features
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions around a shortcut (He et al. 2016, section 3.3).
+
+    (B, C, H, W) -> (B, D, H / stride, W / stride); a 1x1 projection shortcut where the shape changes.
+    """
+
+    def __init__(self, channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, out_channels, 3, stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(out_channels)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or channels != out_channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """ReLU of the residual sum."""
+        y = F.relu(self.norm1(self.conv1(x)), inplace=True)
+        return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x), inplace=True)
+
+
+def small_resnet(width: int, image_size: int) -> nn.Sequential:
+    """Build a ResNet for CPUs: 3x3 stem, four stages of one block with w, 2w, 4w, 8w channels, mean pool.
+
+    Stages after the first halve the side. From 32 pixels the stem halves it too: the stem's resolution is
+    where the time goes (one core of a 2023 server, width 16, 32 pixels, forward and backward: 3,000 views/s
+    with stride 2 against 600 with stride 1).
+    """
+    stride = 2 if image_size >= SMALL_STRIDE_PIXELS else 1
+    layers: list[nn.Module] = [
+        nn.Conv2d(3, width, 3, stride, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(inplace=True),
+        BasicBlock(width, width, stride=1),
+    ]
+    layers += [BasicBlock(width << stage, width << (stage + 1), stride=2) for stage in range(3)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def feature_dim(config: EncoderConfig) -> int:
+    """Count the features of the encoder of `config`."""
+    return 8 * config.width if config.name == "small-resnet" else FEATURE_DIMS[config.name]
+
+
+def build_encoder(config: EncoderConfig, image_size: int) -> Encoder:
+    """Build the encoder of `config` for square images of `image_size` pixels, on the CPU, in fp32.
+
+    Weights come from the default generator (see `randomness.initialisation`) or from ImageNet. The ``cifar``
+    stem is SimCLR's for small images: a 3x3 convolution of stride 1 and no pooling (Chen et al. 2020,
+    appendix B.9). Raises StorageError if the ImageNet weights cannot be fetched.
+    """
+    if config.name == "small-resnet":
+        return Encoder(small_resnet(config.width, image_size), feature_dim(config))
+    build = getattr(torchvision.models, config.name)
+    try:
+        network = build(weights="DEFAULT" if config.pretrained else None, progress=False)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a download whose hash is wrong
+        reason = str(error).strip() or type(error).__name__
+        raise StorageError(
+            f"encoder.pretrained: torchvision's ImageNet weights of {config.name} could not be fetched "
+            f"({reason.splitlines()[0]}); put them into $TORCH_HOME/hub/checkpoints or set it to false"
+        ) from error
+    small = config.stem == "auto" and image_size <= CIFAR_STEM_PIXELS
+    if small or config.stem == "cifar":
+        network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+        network.maxpool = nn.Identity()
+    network.fc = nn.Identity()
+    return Encoder(network, feature_dim(config))

@@ -1,0 +1,57 @@
+"""From images to features: arithmetic, views and the encoder in evaluation mode."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Final, Literal
+
+import torch
+from torch import Tensor, nn
+
+from headsearch.config import TrainingConfig, TrialConfig
+from headsearch.core.images import ImageSet
+from headsearch.core.views import Views
+
+Precision = Literal["bf16", "fp32"]
+
+FEATURE_PIXELS: Final = 1 << 20
+"""Pixels that go through the encoder at once when features are extracted."""
+
+
+def resolve_precision(config: TrainingConfig, device: torch.device) -> Precision:
+    """Decide what ``auto`` means on `device`: bf16 on GPUs of compute capability 8.0 on, else fp32.
+
+    Not on CPUs: with AVX-512 BF16 but without AMX, small-resnet and resnet18 train 20 % slower in bf16.
+    """
+    if config.precision != "auto":
+        return config.precision
+    native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "bf16" if native else "fp32"
+
+
+def arithmetic(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
+    """Within: networks on `device` compute in `precision`."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def build_views(config: TrialConfig, images: ImageSet, device: torch.device) -> Views:
+    """Build the views of `config` on `device`, normalised with statistics of the training images."""
+    mean, std = images.normalization(config.data.normalization)
+    return Views(
+        config.views,
+        images.image_size,
+        (mean.to(device), std.to(device)),
+        channels_last=config.training.channels_last,
+    )
+
+
+@torch.no_grad()
+def extract_features(encoder: nn.Module, images: Tensor, views: Views, precision: Precision) -> Tensor:
+    """Compute features, fp32 (N, D), of plain images, uint8 (N, 3, H, W), in evaluation mode."""
+    encoder.eval()
+    size = max(1, FEATURE_PIXELS // (images.shape[-2] * images.shape[-1]))
+    batches = []
+    for batch in images.split(size):
+        with arithmetic(batch.device, precision):
+            batches.append(encoder(views.plain(batch)).float())
+    return torch.cat(batches)

@@ -1,0 +1,118 @@
+"""Optimizers, their parameter groups, and the learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from headsearch.config import OptimizerConfig
+
+TRUST_COEFFICIENT = 1e-3
+
+
+class Lars(Optimizer):
+    """Layer-wise adaptive rate scaling (You, Gitman and Ginsburg 2017, algorithm 1).
+
+    For weights w with gradient g, weight decay d, learning rate r and momentum m::
+
+        rate = trust * |w| / (|g| + d |w|)      # 1 where |w| or the denominator is zero
+        v = m v + r * rate * (g + d w)
+        w = w - v
+
+    Groups with ``adapt=False`` have rate 1. Norms are over a whole tensor.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        *,
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust: float = TRUST_COEFFICIENT,
+    ) -> None:
+        shared = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust}
+        super().__init__(params, shared | {"adapt": True})
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update of all parameters that have a gradient. Never waits for the device."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            weights = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not weights:
+                continue
+            gradients = [weight.grad for weight in weights]
+            rates = self._rates(weights, gradients, group) if group["adapt"] else None
+            updates = torch._foreach_add(gradients, weights, alpha=group["weight_decay"])
+            if rates is not None:
+                torch._foreach_mul_(updates, rates)
+            for weight in weights:
+                if "velocity" not in self.state[weight]:
+                    self.state[weight]["velocity"] = torch.zeros_like(weight)
+            velocities = [self.state[weight]["velocity"] for weight in weights]
+            torch._foreach_mul_(velocities, group["momentum"])
+            torch._foreach_add_(velocities, updates, alpha=group["lr"])
+            torch._foreach_sub_(weights, velocities)
+        return loss
+
+    @staticmethod
+    def _rates(weights: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        weight_norms = torch.stack(torch._foreach_norm(weights))
+        norms = torch.stack(torch._foreach_norm(gradients)) + group["weight_decay"] * weight_norms
+        rates = group["trust"] * weight_norms / norms
+        return list(torch.where((weight_norms > 0) & (norms > 0), rates, 1.0).unbind())
+
+
+def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict[str, Any]]:
+    """Sort trainable parameters into two groups: weights, then biases and norms.
+
+    The latter neither decay nor adapt. Frozen parameters are in none, so that nothing an optimizer
+    does can reach them.
+    """
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(config: OptimizerConfig, *modules: nn.Module) -> Optimizer:
+    """Build the optimizer of `config` over what is trainable in `modules`; each step sets its rate."""
+    groups = parameter_groups(modules, config.weight_decay)
+    if config.name == "adamw":
+        return AdamW(groups, lr=config.learning_rate, fused=True)
+    if config.name == "lars":
+        groups[1]["adapt"] = False
+        return Lars(groups, lr=config.learning_rate, momentum=config.momentum)
+    return SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=True)
+
+
+def learning_rate(
+    config: OptimizerConfig, *, step: int, steps_per_epoch: int, epochs: int, batch_size: int
+) -> float:
+    """Compute the learning rate of `step`, counted from 0 over the whole training.
+
+    Linear from zero over `warmup_epochs`, then half a cosine that would reach the final ratio at the step
+    after the last. The peak is ``learning_rate * batch_size / 256`` for ``sgd`` and ``lars`` (linear scaling,
+    Goyal et al. 2017), where batch_size counts images and not views, and ``learning_rate`` for ``adamw``.
+    """
+    peak = config.learning_rate * (1.0 if config.name == "adamw" else batch_size / 256)
+    warmup = config.warmup_epochs * steps_per_epoch
+    if step < warmup:
+        return peak * step / warmup
+    progress = (step - warmup) / (epochs * steps_per_epoch - warmup)
+    floor = config.final_learning_rate_ratio
+    return peak * (floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2)

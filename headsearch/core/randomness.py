@@ -1,0 +1,33 @@
+"""Seeds and generators that depend on what they are for, never on what ran before."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def derive_seed(seed: int, *purpose: str | int) -> int:
+    """Derive a 63-bit seed for one purpose, such as ``derive_seed(seed, "shuffle", epoch)``.
+
+    Hashed, so that neighbouring seeds and purposes share no stream.
+    """
+    text = json.dumps([seed, *purpose])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def generator(device: torch.device, seed: int, *purpose: str | int) -> torch.Generator:
+    """Make a generator on `device`, seeded for one purpose."""
+    return torch.Generator(device).manual_seed(derive_seed(seed, *purpose))
+
+
+@contextmanager
+def initialisation(seed: int, *purpose: str | int) -> Iterator[None]:
+    """Within: CPU modules draw their weights from `seed`. The caller's stream goes on untouched."""
+    with torch.random.fork_rng(devices=[]):
+        # not torch.manual_seed, which would reseed accelerators too
+        torch.default_generator.manual_seed(derive_seed(seed, *purpose))
+        yield

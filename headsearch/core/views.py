@@ -1,0 +1,221 @@
+"""Random views of images for contrastive learning, whole batches at a time on the images' device.
+
+SimCLR's augmentation (Chen et al. 2020, appendix A): random resized crop, horizontal flip, colour jitter,
+grayscale, Gaussian blur, then normalisation. Parameters have the distributions of torchvision's
+transforms, and each operation its formula; the crop is resampled bilinearly with edges clamped to the crop
+(a crop is never larger than its output, so that antialiasing would change nothing).
+
+Shapes: B images, V views, S image side.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Generator, Tensor
+from torch.nn import functional
+
+from headsearch.config import ViewsConfig
+from headsearch.core.color import blend_, luma, shift_hue_
+
+ATTEMPTS = 10
+"""Draws of a crop before the whole image is taken, as in torchvision's RandomResizedCrop."""
+RATIO = (3 / 4, 4 / 3)
+"""Aspect ratios of crops, width over height."""
+SIGMA = (0.1, 2.0)
+"""Standard deviations of the blur, in pixels."""
+
+_CHUNK_VALUES = {"cpu": 1 << 19, "cuda": 1 << 28}
+"""Float values worked on at a time: what a core's cache holds, or a share of a GPU's memory."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Parameters of V views, one row each; V is a multiple of 4.
+
+    Row i makes the view number ``view[i]`` and shifts its hue as operation i mod 4 of its colour jitter;
+    ``order`` holds the other three (0 brightness, 1 contrast, 2 saturation) in order. With `view` a random
+    permutation and `order` uniform, a view's order of operations is uniform over all 24, while each
+    operation runs once over the batch.
+    """
+
+    view: Tensor  # int64 (V,), a permutation
+    box: Tensor  # float32 (V, 4): left, top, width, height in pixels
+    flip: Tensor  # bool (V,)
+    factors: Tensor  # float32 (V, 3): brightness, contrast, saturation; 1 leaves the image as it is
+    order: Tensor  # int64 (V, 3)
+    hue: Tensor  # float32 (V,), turns of the colour wheel
+    grayscale: Tensor  # bool (V,)
+    blur: Tensor  # bool (V,)
+    sigma: Tensor  # float32 (V,), pixels
+
+    def __len__(self) -> int:
+        return len(self.view)
+
+    def rows(self, start: int, stop: int) -> Draws:
+        """Rows from `start` to `stop`."""
+        return Draws(**{field.name: getattr(self, field.name)[start:stop] for field in fields(self)})
+
+
+class Views:
+    """Makes normalised float views of uint8 images.
+
+    `normalization` is mean and standard deviation per channel, each (3,), in [0, 1] pixel units, on the
+    device where the images will be. Views come in `dtype` and, if `channels_last`, in that memory format.
+    All randomness comes from the generator that a call is given, and nothing waits for the device.
+    """
+
+    def __init__(
+        self,
+        config: ViewsConfig,
+        image_size: int,
+        normalization: tuple[Tensor, Tensor],
+        *,
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
+    ) -> None:
+        self.config = config
+        self.image_size = image_size
+        self.dtype = dtype
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        mean, std = (part.float().view(1, 3, 1, 1) for part in normalization)
+        self._scale, self._shift = 1 / std, -mean / std
+        self._normalizes = bool((mean != 0).any() or (std != 1).any())
+        self._jitters = config.jitter_strength > 0 and config.jitter_probability > 0
+
+    def __call__(self, images: Tensor, generator: Generator) -> Tensor:
+        """One view of each of the uint8 images (B, 3, S, S): float (B, 3, S, S)."""
+        return self._make(images, len(images), generator)
+
+    def pair(self, images: Tensor, generator: Generator) -> Tensor:
+        """Two views of each of the uint8 images (B, 3, S, S): float (2B, 3, S, S).
+
+        Image b's views are numbers b and B + b.
+        """
+        return self._make(images, 2 * len(images), generator)
+
+    def plain(self, images: Tensor) -> Tensor:
+        """The uint8 images (B, 3, S, S) as they are, normalised: float (B, 3, S, S)."""
+        pixels = images.float().mul_(1 / 255)
+        if self._normalizes:
+            pixels.mul_(self._scale).add_(self._shift)
+        return pixels.to(self.dtype, memory_format=self.memory_format)
+
+    def draw(self, count: int, generator: Generator) -> Draws:
+        """Parameters of `count` random views, a multiple of 4."""
+        config, device = self.config, generator.device
+
+        def uniform(*shape: int) -> Tensor:
+            return torch.rand(*shape, generator=generator, device=device)
+
+        strength = config.jitter_strength
+        low, high = max(0.0, 1 - 0.8 * strength), 1 + 0.8 * strength
+        jittered = uniform(count) < config.jitter_probability
+        factors = low + uniform(count, 3) * (high - low)
+        hue = (2 * uniform(count) - 1) * (0.2 * strength)
+        return Draws(
+            view=uniform(count).argsort(),
+            box=self._draw_boxes(uniform(4, count, ATTEMPTS)),
+            flip=uniform(count) < config.flip_probability,
+            factors=torch.where(jittered[:, None], factors, 1.0),
+            order=uniform(count, 3).argsort(1),
+            hue=torch.where(jittered, hue, 0.0),
+            grayscale=uniform(count) < config.grayscale_probability,
+            blur=uniform(count) < config.blur_probability,
+            sigma=SIGMA[0] + uniform(count) * (SIGMA[1] - SIGMA[0]),
+        )
+
+    def apply(self, images: Tensor, draws: Draws) -> Tensor:
+        """Views (V, 3, S, S) that `draws` describes, view v of image v mod B."""
+        out = torch.empty(
+            (len(draws), *images.shape[1:]),
+            dtype=self.dtype,
+            device=images.device,
+            memory_format=self.memory_format,
+        )
+        values = _CHUNK_VALUES.get(images.device.type, _CHUNK_VALUES["cuda"])
+        step = max(4, values // images[0].numel() // 4 * 4)
+        for start in range(0, len(draws), step):
+            rows = draws.rows(start, start + step)
+            pixels = self._crop(images.index_select(0, rows.view % len(images)), rows)
+            if self._jitters:
+                _jitter_(pixels, rows)
+            if self.config.blur_probability > 0:
+                pixels = _blur(pixels, rows)
+            if self.config.grayscale_probability > 0:
+                pixels.lerp_(luma(pixels)[:, None], rows.grayscale.float()[:, None, None, None])
+            if self._normalizes:
+                pixels.mul_(self._scale).add_(self._shift)
+            out.index_copy_(0, rows.view, pixels.to(self.dtype))
+        return out
+
+    def _make(self, images: Tensor, count: int, generator: Generator) -> Tensor:
+        if not count:
+            return self.plain(images)
+        return self.apply(images, self.draw(math.ceil(count / 4) * 4, generator))[:count]
+
+    def _draw_boxes(self, uniform: Tensor) -> Tensor:
+        """Crop boxes (V, 4) from uniform numbers (4, V, attempts), by torchvision's rejection rule."""
+        size = self.image_size
+        area = size * size * (self.config.crop_scale_min + uniform[0] * (1 - self.config.crop_scale_min))
+        log_ratio = math.log(RATIO[0]) + uniform[1] * (math.log(RATIO[1]) - math.log(RATIO[0]))
+        half = (log_ratio / 2).exp_()
+        width, height = (area.sqrt() * half).round_(), (area.sqrt() / half).round_()
+        fits = (width > 0) & (width <= size) & (height > 0) & (height <= size)
+        first = fits.to(torch.uint8).argmax(1, keepdim=True)
+        left = (uniform[2] * (size - width + 1)).floor_().minimum(size - width)
+        top = (uniform[3] * (size - height + 1)).floor_().minimum(size - height)
+        boxes = torch.stack([left, top, width, height], -1)
+        chosen = boxes.gather(1, first[:, :, None].expand(-1, -1, 4)).squeeze(1)
+        # An image is square, so that its own ratio is within RATIO and the fallback is all of it.
+        whole = torch.cat([area.new_zeros(2), area.new_full((2,), float(size))])
+        return torch.where(fits.any(1, keepdim=True), chosen, whole)
+
+    def _crop(self, images: Tensor, draws: Draws) -> Tensor:
+        """Crop, flip and resize uint8 images (V, 3, S, S) to floats in [0, 1] of the same shape."""
+        size = self.image_size
+        center = torch.arange(size, device=images.device) + 0.5
+        origin, extent = draws.box[:, :2, None], draws.box[:, 2:, None]
+        at = (center * (extent / size) - 0.5).clamp_(min=0.0).minimum(extent - 1).add_(origin)  # (V, 2, S)
+        across = torch.where(draws.flip[:, None], at[:, 0].flip(1), at[:, 0])
+        grid = torch.empty(len(images), size, size, 2, device=images.device)
+        grid[..., 0] = (across * (2 / (size - 1)) - 1)[:, None]
+        grid[..., 1] = (at[:, 1] * (2 / (size - 1)) - 1)[:, :, None]
+        pixels = images.float().mul_(1 / 255)
+        return functional.grid_sample(pixels, grid, padding_mode="border", align_corners=True)
+
+
+def kernel_size(image_size: int) -> int:
+    """Side of the blur's kernel: the odd number nearest to a tenth of the image, at least 3."""
+    return max(3, 2 * int(image_size / 20) + 1)
+
+
+def _jitter_(pixels: Tensor, draws: Draws) -> None:
+    """Colour jitter in place, each view's operations in its own order."""
+    factors = draws.factors.gather(1, draws.order)
+    rest = 1 - factors
+    contrast = torch.where(draws.order == 1, rest, 0.0)
+    saturation = torch.where(draws.order == 2, rest, 0.0)
+    for position in range(4):
+        shift_hue_(pixels[position::4], draws.hue[position::4])
+        if position < 3:
+            blend_(pixels, factors[:, position], contrast[:, position], saturation[:, position])
+
+
+def _blur(pixels: Tensor, draws: Draws) -> Tensor:
+    """Blur (V, 3, S, S) with each view's own Gaussian, edges reflected; a view without has an impulse."""
+    half = kernel_size(pixels.shape[-1]) // 2
+    taps = torch.arange(half + 1, device=pixels.device)
+    weights = (taps / draws.sigma[:, None]).square_().mul_(-0.5).exp_()  # (V, half + 1), one side
+    weights = weights / (2 * weights.sum(1, keepdim=True) - weights[:, :1])
+    weights = torch.where(draws.blur[:, None], weights, (taps == 0).float())[:, :, None, None, None]
+    for dim in (2, 3):
+        pad = (half, half, 0, 0) if dim == 3 else (0, 0, half, half)
+        wide, side = functional.pad(pixels, pad, mode="reflect"), pixels.shape[dim]
+        pixels = pixels * weights[:, 0]
+        for tap in range(1, half + 1):
+            both = wide.narrow(dim, half - tap, side) + wide.narrow(dim, half + tap, side)
+            pixels.addcmul_(both, weights[:, tap])
+    return pixels

@@ -1,0 +1,1 @@
+"""What runs: workers, the embedded PostgreSQL server, the dashboard."""

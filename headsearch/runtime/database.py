@@ -1,0 +1,173 @@
+"""Which database: the one that HEADSEARCH_DATABASE_URL names, else the embedded server of the home folder."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
+
+import psycopg2
+
+from headsearch.errors import DatabaseError, InputError, ServerError
+from headsearch.home import home_folder, postgres_folder
+
+URL_VARIABLE = "HEADSEARCH_DATABASE_URL"
+FILE_VARIABLE = "HEADSEARCH_DATABASE_URL_FILE"
+OLDEST_MAJOR = 14
+_DRIVER = "postgresql+psycopg2"
+_SCHEMES = frozenset({"postgresql", _DRIVER})
+_VALID = "postgresql://user:password@host:5432/database"
+_CONNECT_SECONDS = 10
+_READ_ONLY = "-c default_transaction_read_only=on"
+
+
+@dataclass(frozen=True)
+class DatabaseAddress:
+    """Where the database is. `url` and `reader_url` hold passwords: show `redacted`."""
+
+    url: str
+    """For SQLAlchemy with psycopg2."""
+    reader_url: str
+    """Of a role that may only read; elsewhere than on the embedded server, of the same role with
+    transactions that only read."""
+    embedded: bool
+    """On the embedded server of this machine's home folder."""
+
+    @property
+    def redacted(self) -> str:
+        """`url` without its password."""
+        return redact(self.url)
+
+    def __repr__(self) -> str:
+        return f"DatabaseAddress({self.redacted!r}, embedded={self.embedded})"
+
+
+def given_url() -> str | None:
+    """Read the URL from HEADSEARCH_DATABASE_URL, else from the file HEADSEARCH_DATABASE_URL_FILE names.
+
+    None when neither is set. Raises InputError naming the variable when the value cannot be used.
+    """
+    url, file = os.environ.get(URL_VARIABLE, "").strip(), os.environ.get(FILE_VARIABLE, "").strip()
+    if url and file:
+        raise InputError(f"{URL_VARIABLE} and {FILE_VARIABLE} are both set: keep one")
+    if url:
+        return normalize(url, URL_VARIABLE)
+    if not file:
+        return None
+    try:
+        text = Path(file).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not text"
+        raise InputError(f"{FILE_VARIABLE}: cannot read {file}: {reason}") from error
+    return normalize(text, FILE_VARIABLE)
+
+
+def normalize(url: str, name: str = URL_VARIABLE) -> str:
+    """Check `url` and give it SQLAlchemy's name of the driver.
+
+    Raises InputError that names `name` and what would be valid, never the URL itself: it may hold a password.
+    """
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError as error:
+        raise InputError(f"{name}: not a URL like {_VALID}") from error
+    if parts.scheme.startswith("sqlite"):
+        raise InputError(
+            f"{name}: SQLite has no row locks, which workers need to share a study; it must be like {_VALID}"
+        )
+    if parts.scheme not in _SCHEMES or "://" not in url or any(c.isspace() for c in url):
+        raise InputError(f"{name}: must be a PostgreSQL URL like {_VALID}")
+    if not parts.path.strip("/"):
+        raise InputError(f"{name}: names no database; it must be like {_VALID}")
+    return _DRIVER + url[len(parts.scheme) :]
+
+
+def redact(url: str) -> str:
+    """`url` with asterisks for its password, wherever it stands."""
+    parts = urlsplit(url)
+    user_info, at, host = parts.netloc.rpartition("@")
+    user, colon, _ = user_info.partition(":")
+    query = "&".join(
+        "password=***" if field.partition("=")[0] == "password" else field for field in parts.query.split("&")
+    )
+    return urlunsplit(parts._replace(netloc=f"{user}{':***' if colon else ''}{at}{host}", query=query))
+
+
+def read_only(url: str) -> str:
+    """`url` whose transactions only read, unless a session asks otherwise."""
+    parts = urlsplit(url)
+    query = dict(parse_qsl(parts.query, keep_blank_values=True))
+    query["options"] = f"{query.get('options', '')} {_READ_ONLY}".strip()
+    return urlunsplit(parts._replace(query=urlencode(query, quote_via=quote)))
+
+
+def libpq_url(url: str) -> str:
+    """`url` as psycopg2 itself takes it, without SQLAlchemy's driver."""
+    return url.replace(f"{_DRIVER}://", "postgresql://", 1)
+
+
+@contextmanager
+def open_database(home: Path | None = None) -> Iterator[DatabaseAddress]:
+    """Resolve the database and keep the embedded server, where it is the one, alive inside the block.
+
+    Raises InputError for a URL that cannot be used, DatabaseError when the database does not answer, and
+    ServerError when the embedded server cannot be started.
+    """
+    url = given_url()
+    if url:
+        check(url)
+        yield DatabaseAddress(url, read_only(url), embedded=False)
+        return
+    if sys.platform == "win32":
+        raise ServerError(f"there is no embedded PostgreSQL on Windows: set {URL_VARIABLE} to {_VALID}")
+    from headsearch.runtime.postgres import EmbeddedServer  # needs a POSIX system
+
+    server = EmbeddedServer(postgres_folder(home or home_folder()))
+    with server.attach() as handle:
+        yield DatabaseAddress(handle.url("owner"), handle.url("reader"), embedded=True)
+
+
+def check(url: str, *, timeout: int = _CONNECT_SECONDS) -> None:
+    """Connect once. Raises DatabaseError in one line that holds no password, InputError for a bad URL."""
+    parts = urlsplit(url)
+    try:
+        connection = psycopg2.connect(libpq_url(url), connect_timeout=timeout)
+    except psycopg2.OperationalError as error:
+        raise DatabaseError(_explain(str(error), url)) from None
+    except psycopg2.Error:
+        # libpq quotes the part that it could not parse, which may be the password.
+        raise InputError(f"{URL_VARIABLE}: cannot be parsed; it must be like {_VALID}") from None
+    try:
+        version = connection.server_version
+    finally:
+        connection.close()
+    if version < OLDEST_MAJOR * 10_000:
+        raise DatabaseError(
+            f"{parts.hostname or 'the local server'} runs PostgreSQL {version // 10_000}: "
+            f"{OLDEST_MAJOR} or newer is needed"
+        )
+
+
+def _explain(message: str, url: str) -> str:
+    """Put psycopg2's message about `url` in one line that says what to do."""
+    parts = urlsplit(url)
+    where = f"{parts.hostname or 'the local server'}:{parts.port or 5432}"
+    user = unquote(parts.username or "") or "(none given)"
+    reason = message.strip().splitlines()[0] if message.strip() else "no reason given"
+    reason = reason.split("FATAL:")[-1].strip()
+    if parts.password:
+        reason = reason.replace(unquote(parts.password), "***").replace(parts.password, "***")
+    if "authentication failed" in reason or "no password supplied" in reason:
+        return f"the database at {where} refuses user {user}: check user and password in {URL_VARIABLE}"
+    if reason.startswith("database ") and reason.endswith("does not exist"):
+        return f"the server at {where} has no {reason.removesuffix(' does not exist')}: create it first"
+    if any(sign in reason for sign in ("refused", "timeout", "timed out", "No such file", "unreachable")):
+        return f"no PostgreSQL answers at {where}: is the server running, and is {URL_VARIABLE} right?"
+    if "could not translate host name" in reason:
+        return f"there is no host {parts.hostname}: check {URL_VARIABLE}"
+    return f"the database at {where} refuses the connection: {reason}"

@@ -1,0 +1,307 @@
+"""Claims: what a worker that is free does next, decided in one transaction.
+
+In this order: an orphan is adopted (its lease ran out, or its worker gave it back), a paused trial
+that earned its next epochs is promoted (the deepest rung first), a new trial is begun while the budget
+lasts. When nothing is left to do but others still train, the worker waits: their reports may promote
+a trial, or they may die. When nothing is left at all, the paused trials are pruned and the study is
+complete.
+
+The whole decision holds an advisory lock of the study, so the budget is exact and no two workers
+take the same trial however close they come. A process that dies while it holds the lock loses it with
+its connection. What it may leave is a RUNNING trial of Optuna's that our table does not know; the next
+claim for a new trial takes that one, with its number and any parameters it has.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, Row, text
+
+from headsearch.errors import UnknownStudyError
+from headsearch.search import outcomes
+from headsearch.search.database import LOCK_CLAIM, Database, translated
+from headsearch.search.outcomes import Outcome
+from headsearch.search.rungs import Standing, worthy
+from headsearch.search.sampling import distributions, make_sampler, propose
+from headsearch.search.studies import Study
+from headsearch.space import Params
+from headsearch.spec import StudySpec
+
+MODEL_NEEDS_COMPLETE = 4
+"""Complete trials before a sampler models: Optuna's TPE treats all others as bad, so with fewer it
+would know only what to avoid."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The right to train one trial."""
+
+    number: int
+    trial_id: int
+    params: Params
+    seed: int
+    attempt: int
+    """Fencing token: rises with every claim of this trial."""
+    epoch: int
+    """Epochs reported so far."""
+    stop_at: int | None
+    """Epoch of the rung at which the trial pauses next; None where it trains to its end."""
+    origin: str
+    """`new`, `adopted` or `promoted`."""
+
+
+class Idle(enum.Enum):
+    """Why there is no claim."""
+
+    WAIT = "others still train"
+    DONE = "the study is complete"
+
+
+def point_key(params: Params) -> str:
+    """Identity of a point: a hash of its active parameters."""
+    return hashlib.sha256(json.dumps(params, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def claim(database: Database, study: Study, worker_id: str, device: str) -> Claim | Idle:
+    """Take the next piece of work for `worker_id`.
+
+    Raises:
+        UnknownStudyError: The study was deleted.
+        DatabaseError: Not reachable; nothing was taken, or what was taken will be an orphan.
+    """
+    while True:
+        decided: list[int] = []
+        with database.begin() as connection:
+            connection.execute(
+                text("SELECT pg_advisory_xact_lock(:kind, :study_id)"),
+                {"kind": LOCK_CLAIM, "study_id": study.study_id},
+            )
+            result = _Decision(database, connection, study, worker_id, device).make(decided)
+        # Telling is safe to repeat, so it needs no lock; a claim made meanwhile stays ours.
+        for number in decided:
+            outcomes.tell_decided(database, study, number)
+        if result is not None:
+            return result
+
+
+class _Decision:
+    """One claim's queries, all under the study's lock."""
+
+    def __init__(
+        self, database: Database, connection: Connection, study: Study, worker_id: str, device: str
+    ) -> None:
+        self.database, self.connection, self.study = database, connection, study
+        self.spec: StudySpec = study.spec
+        self.names = {
+            "study_id": study.study_id,
+            "worker_id": worker_id,
+            "device": device,
+            "lease": study.spec.lease.seconds,
+        }
+
+    def make(self, decided: list[int]) -> Claim | Idle | None:
+        """The claim; None to decide again once `decided` trials are told."""
+        state = self._one("SELECT state FROM headsearch.studies WHERE study_id = :study_id")
+        if state is None:
+            raise UnknownStudyError(f"study {self.study.name!r}: deleted while workers were on it")
+        if state.state == "complete":
+            return Idle.DONE
+        orphan = self._orphan(decided)
+        if orphan is not None or decided:
+            return orphan
+        if (promoted := self._promotable()) is not None:
+            return self._take(promoted, "promoted", "rung = rung + 1")
+        if (begun := self._new()) is not None:
+            return begun
+        if self._one(
+            "SELECT 1 FROM headsearch.trials WHERE study_id = :study_id AND state = 'running' LIMIT 1"
+        ):
+            return Idle.WAIT
+        decided.extend(outcomes.prune_paused(self.connection, self.study.study_id))
+        if decided:
+            return None
+        self._execute(
+            "UPDATE headsearch.studies SET state = 'complete', completed_at = clock_timestamp() "
+            "WHERE study_id = :study_id"
+        )
+        return Idle.DONE
+
+    def _execute(self, sql: str, **values: Any) -> Any:
+        return self.connection.execute(text(sql), self.names | values)
+
+    def _one(self, sql: str, **values: Any) -> Row[Any] | None:
+        row: Row[Any] | None = self._execute(sql, **values).first()
+        return row
+
+    def _orphan(self, decided: list[int]) -> Claim | None:
+        row = self._one(
+            "SELECT number, losses, outcome, worker_id FROM headsearch.trials "
+            "WHERE study_id = :study_id AND state = 'running' AND lease_until < clock_timestamp() "
+            "ORDER BY epoch DESC, number LIMIT 1"
+        )
+        if row is None:
+            return None
+        if row.outcome is not None:
+            decided.append(row.number)
+            return None
+        # A worker that gave its trial back took its name off it; only the silent ones are losses.
+        losses = row.losses + (row.worker_id is not None)
+        if losses >= self.spec.lease.max_attempts:
+            message = f"{losses} workers were lost while training it, the last {row.worker_id}"
+            self._execute(
+                "UPDATE headsearch.trials SET losses = :losses, attempt = attempt + 1, "
+                "outcome = CAST(:outcome AS jsonb) WHERE study_id = :study_id AND number = :number",
+                number=row.number,
+                losses=losses,
+                outcome=json.dumps(Outcome("failed", reason="lost", message=message).__dict__),
+            )
+            decided.append(row.number)
+            return None
+        return self._take(row.number, "adopted", "losses = :losses", losses=losses)
+
+    def _take(self, number: int, origin: str, change: str, **values: Any) -> Claim:
+        row = self._one(
+            f"""
+            UPDATE headsearch.trials SET {change}, state = 'running', attempt = attempt + 1,
+                worker_id = :worker_id, device = :device,
+                lease_until = clock_timestamp() + make_interval(secs => :lease)
+            WHERE study_id = :study_id AND number = :number
+            RETURNING number, trial_id, params, seed, attempt, epoch, rung
+            """,  # noqa: S608 - `change` is one of two literals above
+            number=number,
+            **values,
+        )
+        assert row is not None  # noqa: S101 - selected under the same lock
+        return self._claim(row, origin)
+
+    def _claim(self, row: Row[Any], origin: str) -> Claim:
+        rungs = self.spec.rungs
+        stop_at = rungs[row.rung] if row.rung < len(rungs) else None
+        return Claim(row.number, row.trial_id, row.params, row.seed, row.attempt, row.epoch, stop_at, origin)
+
+    def _promotable(self) -> int | None:
+        for rung in reversed(range(len(self.spec.rungs))):
+            paused = {
+                row.number
+                for row in self._execute(
+                    "SELECT number FROM headsearch.trials "
+                    "WHERE study_id = :study_id AND state = 'paused' AND rung = :rung",
+                    rung=rung,
+                )
+            }
+            if paused:
+                ranked = worthy(
+                    standings(self.connection, self.study, self.spec.rungs[rung]), self.spec.pruning.eta
+                )
+                best = next((number for number in ranked if number in paused), None)
+                if best is not None:
+                    return best
+        return None
+
+    def _new(self) -> Claim | None:
+        known = {
+            (row.point_key, row.seed): row.params
+            for row in self._execute(
+                "SELECT point_key, seed, params FROM headsearch.trials WHERE study_id = :study_id "
+                "ORDER BY number"
+            )
+        }
+        if len(known) >= self.spec.trials:
+            return None
+        with translated():
+            trial = self._optuna_trial()
+            fixed = self._next_fixed(known)
+            if fixed is None:
+                params, seed = self._proposed(trial, {key for key, _ in known}), self.spec.seeds[0]
+            else:
+                params, seed = fixed
+            for path, dist in distributions(self.spec).items():
+                if path in params and path not in trial.params:
+                    self.database.storage.set_trial_param(
+                        trial._trial_id,
+                        path,
+                        dist.to_internal_repr(params[path]),
+                        dist,
+                    )
+        row = self._one(
+            """
+            INSERT INTO headsearch.trials
+                (study_id, number, trial_id, point_key, seed, params, worker_id, device, lease_until)
+            VALUES (:study_id, :number, :trial_id, :point_key, :seed, CAST(:params AS jsonb), :worker_id,
+                    :device, clock_timestamp() + make_interval(secs => :lease))
+            RETURNING number, trial_id, params, seed, attempt, epoch, rung
+            """,
+            number=trial.number,
+            trial_id=trial._trial_id,
+            point_key=point_key(params),
+            seed=seed,
+            params=json.dumps(params),
+        )
+        assert row is not None  # noqa: S101
+        return self._claim(row, "new")
+
+    def _optuna_trial(self) -> Any:
+        """A fresh RUNNING trial, or the one that a worker left before our row was written."""
+        left = self._one(
+            "SELECT trial_id FROM public.trials o WHERE study_id = :study_id AND state = 'RUNNING' "
+            "AND NOT EXISTS (SELECT 1 FROM headsearch.trials t WHERE t.trial_id = o.trial_id) "
+            "ORDER BY number LIMIT 1"
+        )
+        storage = self.database.storage
+        trial_id = left.trial_id if left else storage.create_new_trial(self.study.study_id)
+        return storage.get_trial(trial_id)
+
+    def _next_fixed(self, known: dict[tuple[str, int], Params]) -> tuple[Params, int] | None:
+        """The next cell of a list, or the next seed of a point that a search has begun."""
+        if self.spec.mode != "search":
+            cells = ((params, seed) for params, seed in self.spec.cells())
+        else:
+            cells = ((params, seed) for params in list(known.values()) for seed in self.spec.seeds)
+        return next(
+            ((params, seed) for params, seed in cells if (point_key(params), seed) not in known), None
+        )
+
+    def _proposed(self, trial: Any, known: set[str]) -> Params:
+        counts = self._one(
+            "SELECT count(*) FILTER (WHERE epoch >= :first) AS reported, "
+            "count(*) FILTER (WHERE state = 'complete') AS complete "
+            "FROM headsearch.trials WHERE study_id = :study_id",
+            first=self.spec.rungs[0] if self.spec.rungs else self.spec.budget.epochs,
+        )
+        assert counts is not None  # noqa: S101 - an aggregate has one row
+        sampler = make_sampler(
+            self.spec.sampler,
+            trial.number,
+            warmed_up=counts.reported >= self.spec.sampler.startup_trials
+            and counts.complete >= MODEL_NEEDS_COMPLETE,
+        )
+        study = self.database.optuna_study(self.study.name)
+        return propose(study, trial, self.spec.space, sampler, lambda params: point_key(params) in known)
+
+
+def standings(connection: Connection, study: Study, epoch: int) -> list[Standing]:
+    """All trials that reported `epoch`, with their objectives as they were there."""
+    rows = connection.execute(
+        text(
+            "SELECT r.number, r.probe_accuracy, r.train_seconds, t.projection_dim, t.head_parameters "
+            "FROM headsearch.reports r JOIN headsearch.trials t USING (study_id, number) "
+            "WHERE r.study_id = :study_id AND r.epoch = :epoch AND t.state <> 'failed' ORDER BY r.number"
+        ),
+        {"study_id": study.study_id, "epoch": epoch},
+    )
+    costs = [name for name in study.spec.objectives if name != "probe_accuracy"]
+    known = [name for name in costs if name != "train_seconds"]
+    return [
+        Standing(
+            row.number,
+            row.probe_accuracy,
+            tuple(float(getattr(row, name)) for name in costs),
+            tuple(float(getattr(row, name)) for name in known),
+        )
+        for row in rows
+    ]

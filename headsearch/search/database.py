@@ -1,0 +1,108 @@
+"""One database, seen from one process: an engine for our SQL, a storage for Optuna."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import optuna
+from optuna.exceptions import ExperimentalWarning
+from optuna.storages import BaseStorage, RDBStorage, get_storage
+from sqlalchemy import Connection, Engine, create_engine, make_url
+from sqlalchemy.exc import DBAPIError, OperationalError
+
+from headsearch.errors import DatabaseError
+
+LOCK_SCHEMA = 0x6865_6164
+LOCK_CREATE = 0x6865_6165
+LOCK_CLAIM = 0x6865
+"""Advisory lock keys: one for the schema, one for creating studies, and a class whose second key is
+the study, for claims."""
+
+# Two connections: the loop's and the lease thread's; two more for Optuna inside a claim.
+ENGINE_OPTIONS: dict[str, Any] = {
+    "pool_size": 2,
+    "max_overflow": 2,
+    "pool_pre_ping": True,
+    "connect_args": {
+        "connect_timeout": 10,
+        "application_name": "headsearch",
+        "keepalives_idle": 30,
+        "keepalives_interval": 10,
+        "keepalives_count": 3,
+    },
+}
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Without Optuna's notes on features it calls experimental; we chose them (DESIGN: group, liar)."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        yield
+
+
+@contextlib.contextmanager
+def translated() -> Iterator[None]:
+    """Turn what drivers and Optuna raise into a DatabaseError of one line, without the password."""
+    try:
+        yield
+    except OperationalError as error:
+        raise DatabaseError(f"the database does not answer: {_first_line(error.orig)}") from error
+    except DBAPIError as error:
+        raise DatabaseError(f"the database refused a statement: {_first_line(error.orig)}") from error
+    except optuna.exceptions.StorageInternalError as error:
+        raise DatabaseError(f"the database does not answer: {_first_line(error.__cause__)}") from error
+
+
+def _first_line(error: BaseException | None) -> str:
+    return str(error).strip().splitlines()[0] if error and str(error).strip() else "no reason given"
+
+
+class Database:
+    """Connections of one process. Make it after a fork, not before."""
+
+    def __init__(self, url: str) -> None:
+        """`url` is a SQLAlchemy URL of a PostgreSQL database."""
+        self.url = make_url(url).set(drivername="postgresql+psycopg2").render_as_string(hide_password=False)
+        self.engine: Engine = create_engine(self.url, **ENGINE_OPTIONS)
+
+    @contextlib.contextmanager
+    def begin(self) -> Iterator[Connection]:
+        """A connection in one transaction.
+
+        Raises:
+            DatabaseError: Not reachable, or a statement was refused.
+        """
+        with translated(), self.engine.begin() as connection:
+            yield connection
+
+    @functools.cached_property
+    def storage(self) -> BaseStorage:
+        """Optuna's storage with its cache of finished trials; the tables must be there (`migrate`)."""
+        with quietly(), translated():
+            plain = RDBStorage(
+                self.url,
+                engine_kwargs=ENGINE_OPTIONS,
+                skip_compatibility_check=True,
+                skip_table_creation=True,
+            )
+            return get_storage(plain)
+
+    def optuna_study(self, name: str) -> optuna.Study:
+        """Optuna's view of a study; the sampler is set by whoever proposes."""
+        with quietly(), translated():
+            return optuna.load_study(study_name=name, storage=self.storage, sampler=_NO_SAMPLER)
+
+    def close(self) -> None:
+        """Give all connections back."""
+        self.engine.dispose()
+        if "storage" in self.__dict__:
+            self.storage.remove_session()
+
+
+_NO_SAMPLER = optuna.samplers.RandomSampler()

@@ -1,0 +1,134 @@
+"""What a worker says of the trial it holds: renewals, reports, pauses, giving back.
+
+Every statement names the claim's attempt, so a worker whose trial went to another can change
+nothing: it gets LeaseLost. A lease that ran out but was not taken is still its worker's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from sqlalchemy import Connection, text
+
+from headsearch.errors import LeaseLost
+from headsearch.search import outcomes
+from headsearch.search.claims import Claim, standings
+from headsearch.search.database import Database
+from headsearch.search.outcomes import Outcome
+from headsearch.search.rungs import worthy
+from headsearch.search.studies import Study
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a trial says after an epoch."""
+
+    epoch: int
+    """From 1."""
+    loss: float
+    probe_accuracy: float
+    """On the validation split, 0 to 1."""
+    feature_rank: float
+    projection_rank: float
+    views_per_second: float
+    train_seconds: float
+    """Since the trial's first step, over all its workers."""
+
+
+def describe(
+    database: Database, study: Study, claim: Claim, *, projection_dim: int, head_parameters: int
+) -> None:
+    """Say what is known of the head before training."""
+    with database.begin() as connection:
+        _held(
+            connection,
+            study,
+            claim,
+            "projection_dim = :projection_dim, head_parameters = :head_parameters",
+            projection_dim=projection_dim,
+            head_parameters=head_parameters,
+        )
+
+
+def renew(database: Database, study: Study, claim: Claim) -> None:
+    """Extend the lease by its whole length from now, on the database's clock."""
+    with database.begin() as connection:
+        _held(
+            connection,
+            study,
+            claim,
+            "lease_until = clock_timestamp() + make_interval(secs => :lease)",
+            lease=study.spec.lease.seconds,
+        )
+
+
+def report(database: Database, study: Study, claim: Claim, said: Report) -> None:
+    """Store a report once; saying it again changes nothing."""
+    with database.begin() as connection:
+        _held(
+            connection,
+            study,
+            claim,
+            "epoch = greatest(epoch, :epoch), "
+            "lease_until = clock_timestamp() + make_interval(secs => :lease)",
+            epoch=said.epoch,
+            lease=study.spec.lease.seconds,
+        )
+        connection.execute(
+            text(
+                """
+                INSERT INTO headsearch.reports
+                    (study_id, number, epoch, loss, probe_accuracy, feature_rank, projection_rank,
+                     views_per_second, train_seconds, attempt)
+                VALUES (:study_id, :number, :epoch, :loss, :probe_accuracy, :feature_rank,
+                        :projection_rank, :views_per_second, :train_seconds, :attempt)
+                ON CONFLICT DO NOTHING
+                """
+            ),
+            asdict(said) | {"study_id": study.study_id, "number": claim.number, "attempt": claim.attempt},
+        )
+
+
+def arrive(database: Database, study: Study, claim: Claim) -> Literal["paused", "go on", "ended"]:
+    """At the rung `claim.stop_at`: pause, or by the rule `stop` go on or end.
+
+    The report of that epoch, and the checkpoint, must be stored before.
+    """
+    if study.spec.pruning.rule == "promote":
+        with database.begin() as connection:
+            _held(connection, study, claim, "state = 'paused', lease_until = NULL")
+        return "paused"
+    if claim.stop_at is None:
+        return "go on"
+    with database.begin() as connection:
+        best = worthy(standings(connection, study, claim.stop_at), study.spec.pruning.eta)
+        if claim.number in best:
+            _held(connection, study, claim, "rung = rung + 1")
+            return "go on"
+    outcome = Outcome(
+        "pruned",
+        message=f"not among the best at epoch {claim.stop_at}",
+        facts={"pruned_at_epoch": claim.stop_at},
+    )
+    outcomes.finish(database, study, claim.number, claim.attempt, outcome)
+    return "ended"
+
+
+def give_back(database: Database, study: Study, claim: Claim) -> None:
+    """Let another worker take the trial at once; it does not count as a loss."""
+    with database.begin() as connection:
+        _held(connection, study, claim, "worker_id = NULL, lease_until = clock_timestamp()")
+
+
+def _held(connection: Connection, study: Study, claim: Claim, change: str, **values: Any) -> None:
+    """Apply `change` to the claim's row, or raise LeaseLost."""
+    changed = connection.execute(
+        text(
+            f"UPDATE headsearch.trials SET {change} WHERE study_id = :study_id AND number = :number "  # noqa: S608
+            "AND attempt = :attempt AND state = 'running'"
+        ),
+        {"study_id": study.study_id, "number": claim.number, "attempt": claim.attempt} | values,
+    )
+    if changed.rowcount == 0:
+        raise LeaseLost(f"trial {claim.number}: another worker holds it now")

@@ -1,0 +1,165 @@
+"""What becomes of a trial, decided in one place.
+
+              claim                        tell
+    (new) ----------> RUNNING (leased) -----------> COMPLETE | FAILED (reason)
+                       |    ^   |   ^
+          lease ran    |    |   |   |  promoted: a worker takes it up again from its checkpoint
+          out, or      v    |   v   |
+          given back  RUNNING   PAUSED at a rung ---- budget spent, nothing qualifies ----> PRUNED
+                      (orphaned)
+                       adopted by a worker, from the checkpoint;
+                       after `lease.max_attempts` losses: FAILED (lost)
+
+To Optuna, paused and orphaned trials are RUNNING; COMPLETE, PRUNED and FAIL are told once.
+
+Telling takes three steps, each safe to repeat: the outcome is written to our row (only by the worker
+whose claim is the latest), Optuna is told, our row takes its final state. A worker that dies between
+them leaves an orphan with an outcome; whoever adopts it tells what was decided and trains nothing.
+
+Nothing else in headsearch calls `tell`. A trial that another client finished or deleted meanwhile is
+left as it is.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import optuna
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import TrialState
+from sqlalchemy import Connection, text
+
+from headsearch.errors import LeaseLost
+from headsearch.search.database import Database, quietly, translated
+from headsearch.search.studies import Study
+
+FinalState = Literal["complete", "pruned", "failed"]
+OPTUNA_STATES = {
+    "complete": TrialState.COMPLETE,
+    "pruned": TrialState.PRUNED,
+    "failed": TrialState.FAIL,
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The end of a trial."""
+
+    state: FinalState
+    values: tuple[float, ...] | None = None
+    """One per objective, in the spec's order; only of a complete trial."""
+    reason: str | None = None
+    """Of a failure, one of `errors.FailureReason`."""
+    message: str | None = None
+    """One line for people."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What the page and the tables show: accuracies, device, seconds, configuration."""
+
+
+def finish(database: Database, study: Study, number: int, attempt: int, outcome: Outcome) -> None:
+    """End a trial that the caller holds.
+
+    Raises:
+        LeaseLost: Another worker holds it; nothing was told.
+        DatabaseError: Not reachable; call again, or leave it to whoever adopts the trial.
+    """
+    with database.begin() as connection:
+        written = connection.execute(
+            text(
+                "UPDATE headsearch.trials SET outcome = CAST(:outcome AS jsonb) "
+                "WHERE study_id = :study_id AND number = :number AND attempt = :attempt "
+                "AND state = 'running'"
+            ),
+            {
+                "outcome": json.dumps(asdict(outcome)),
+                "study_id": study.study_id,
+                "number": number,
+                "attempt": attempt,
+            },
+        )
+        if written.rowcount == 0:
+            raise LeaseLost(f"trial {number}: another worker holds it now")
+    tell_decided(database, study, number)
+
+
+def prune_paused(connection: Connection, study_id: int) -> list[int]:
+    """Decide that all paused trials of a study end here; returns their numbers."""
+    return list(
+        connection.scalars(
+            text(
+                """
+                UPDATE headsearch.trials SET outcome = jsonb_build_object(
+                    'state', 'pruned', 'values', NULL, 'reason', NULL,
+                    'message', format('not among the best at epoch %s', epoch),
+                    'facts', jsonb_build_object('pruned_at_epoch', epoch))
+                WHERE study_id = :study_id AND state = 'paused'
+                RETURNING number
+                """
+            ),
+            {"study_id": study_id},
+        )
+    )
+
+
+def tell_decided(database: Database, study: Study, number: int) -> None:
+    """Tell Optuna the outcome that our row has, then give the row its final state."""
+    with database.begin() as connection:
+        row = connection.execute(
+            text(
+                """
+                SELECT t.trial_id, t.outcome, t.params, t.seed, t.worker_id, t.device,
+                       t.projection_dim, t.head_parameters, t.losses,
+                       r.epoch, r.probe_accuracy, r.views_per_second, r.train_seconds
+                FROM headsearch.trials t
+                LEFT JOIN LATERAL (
+                    SELECT * FROM headsearch.reports
+                    WHERE study_id = t.study_id AND number = t.number ORDER BY epoch DESC LIMIT 1) r ON true
+                WHERE t.study_id = :study_id AND t.number = :number AND t.outcome IS NOT NULL
+                """
+            ),
+            {"study_id": study.study_id, "number": number},
+        ).one()
+    outcome: dict[str, Any] = row.outcome
+    attributes = {
+        "seed": row.seed,
+        "worker": row.worker_id,
+        "device": row.device,
+        "epochs": row.epoch,
+        "projection_dim": row.projection_dim,
+        "head_parameters": row.head_parameters,
+        "last_report_accuracy": row.probe_accuracy,
+        "views_per_second": row.views_per_second,
+        "train_seconds": row.train_seconds,
+        "losses": row.losses,
+        "reason": outcome["reason"],
+        "message": outcome["message"],
+        "config": study.spec.trial_config(row.params, row.seed).model_dump(mode="json"),
+    } | outcome["facts"]
+    optuna_study = database.optuna_study(study.name)
+    with quietly(), translated():
+        try:
+            for key, value in attributes.items():
+                if value is not None:
+                    database.storage.set_trial_user_attr(row.trial_id, key, value)
+            optuna_study.tell(
+                number,
+                outcome["values"],
+                state=OPTUNA_STATES[outcome["state"]],
+                skip_if_finished=True,
+            )
+        except (UpdateFinishedTrialError, KeyError, ValueError):
+            # Another client finished or deleted it. Its word stands in Optuna, ours in our row.
+            optuna.logging.get_logger("optuna").debug("trial %d was ended elsewhere", number)
+    with database.begin() as connection:
+        connection.execute(
+            text(
+                """
+                UPDATE headsearch.trials
+                SET state = outcome->>'state', lease_until = NULL, finished_at = clock_timestamp()
+                WHERE study_id = :study_id AND number = :number AND state IN ('running', 'paused')
+                """
+            ),
+            {"study_id": study.study_id, "number": number},
+        )

@@ -1,0 +1,170 @@
+"""Proposals: an Optuna sampler asked for one point that the study does not have yet.
+
+The sampler is made anew for each proposal, seeded by the study's seed and the trial's number, so
+that a proposal depends on the history and not on which worker asked or how often it was restarted.
+
+Samplers are driven through their public methods rather than `Trial.suggest_*`, because a suggested
+value cannot be taken back: a point that the study already has is drawn again before anything is
+stored.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.samplers import (
+    BaseSampler,
+    GPSampler,
+    NSGAIISampler,
+    QMCSampler,
+    RandomSampler,
+    TPESampler,
+)
+from optuna.trial import FrozenTrial
+
+from headsearch import space as spaces
+from headsearch.search.database import quietly
+from headsearch.space import Choices, Params, Range, Space
+from headsearch.spec import SamplerSpec, StudySpec
+
+DRAWS = 64
+"""Proposals that may turn out to be known points before the unknown ones are listed."""
+
+
+def distribution(parameter: Choices | Range) -> BaseDistribution:
+    """Optuna's distribution of a parameter."""
+    if isinstance(parameter, Choices):
+        return CategoricalDistribution(parameter.choices)
+    if parameter.is_integer:
+        return IntDistribution(
+            int(parameter.low), int(parameter.high), log=parameter.log, step=int(parameter.step or 1)
+        )
+    return FloatDistribution(
+        float(parameter.low), float(parameter.high), log=parameter.log, step=parameter.step
+    )
+
+
+def distributions(spec: StudySpec) -> dict[str, BaseDistribution]:
+    """Of all varying parameters; the values that a list of points uses are its choices."""
+    if spec.mode == "points":
+        values: dict[str, list[Any]] = {}
+        for path, value in (item for point in spec.points for item in point.items()):
+            if value not in values.setdefault(path, []):
+                values[path].append(value)
+        return {path: CategoricalDistribution(choices) for path, choices in values.items()}
+    return {
+        path: distribution(parameter)
+        for path, parameter in spec.space.items()
+        if isinstance(parameter, Choices | Range)
+    }
+
+
+def make_sampler(spec: SamplerSpec, number: int, *, warmed_up: bool) -> BaseSampler:
+    """The sampler that proposes trial `number`.
+
+    Args:
+        spec: The study's choice.
+        number: Of the trial.
+        warmed_up: Whether enough trials have reported for a model. Optuna counts finished trials
+            only, and a paused trial, which has reported too, would keep TPE random for most of a
+            study; so we count (`claims`) and tell it.
+    """
+    seed = (spec.seed * 1_000_003 + number) % 2**32
+    startup = 1 if warmed_up else 10**9
+    with quietly():
+        match spec.name:
+            case "tpe":
+                return TPESampler(
+                    multivariate=True,
+                    group=True,
+                    constant_liar=True,
+                    n_startup_trials=startup,
+                    warn_independent_sampling=False,
+                    seed=seed,
+                )
+            case "gp":
+                return GPSampler(
+                    seed=seed,
+                    n_startup_trials=startup,
+                    deterministic_objective=False,
+                    warn_independent_sampling=False,
+                )
+            case "nsga2":
+                return NSGAIISampler(population_size=spec.startup_trials, seed=seed)
+            case "qmc":
+                # One sequence for the whole study: the points come from its counter, not from a new seed.
+                return QMCSampler(seed=spec.seed, warn_independent_sampling=False)
+            case "random":
+                return RandomSampler(seed=seed)
+
+
+def propose(
+    study: optuna.Study,
+    trial: FrozenTrial,
+    space: Space,
+    sampler: BaseSampler,
+    is_known: Callable[[Params], bool],
+) -> Params:
+    """A point of `space` that `is_known` does not know.
+
+    Values that `trial` already has, from a worker that died while storing them, are kept.
+    """
+    with quietly():
+        study.sampler = sampler
+        sampler.before_trial(study, trial)
+        for _ in range(DRAWS):
+            relative_space = sampler.infer_relative_search_space(study, trial)
+            relative = sampler.sample_relative(study, trial, relative_space)
+            params = spaces.draw(space, _chooser(study, trial, sampler, relative))
+            if not is_known(params):
+                return params
+    return _unknown(space, trial, is_known)
+
+
+def _chooser(
+    study: optuna.Study, trial: FrozenTrial, sampler: BaseSampler, relative: Mapping[str, Any]
+) -> Callable[[str, Choices | Range], Any]:
+    def choose(path: str, parameter: Choices | Range) -> Any:
+        if path in trial.params:
+            return trial.params[path]
+        dist = distribution(parameter)
+        if path in relative and dist._contains(dist.to_internal_repr(relative[path])):
+            return relative[path]
+        return sampler.sample_independent(study, trial, path, dist)
+
+    return choose
+
+
+def _unknown(space: Space, trial: FrozenTrial, is_known: Callable[[Params], bool]) -> Params:
+    """A new point drawn evenly from the few that are left."""
+    rng = random.Random(trial.number)
+    if spaces.size(space) is not None:
+        left = [
+            point
+            for point in spaces.points(space)
+            if not is_known(point) and all(point.get(path) == value for path, value in trial.params.items())
+        ]
+        if left:
+            return rng.choice(left)
+
+    def choose(_: str, parameter: Choices | Range) -> Any:
+        if parameter.values is not None:
+            return rng.choice(parameter.values)
+        return rng.uniform(float(parameter.low), float(parameter.high))
+
+    for _ in range(10_000):
+        params = spaces.draw(space, choose)
+        if not is_known(params):
+            return params
+    # Every draw is known, so what is left is less than one in ten thousand; a repeat would break the
+    # promise of distinct points, and the space's size was checked when the study was created.
+    raise RuntimeError("no point of the space is left to propose")

@@ -1,0 +1,140 @@
+"""Our tables, beside Optuna's in the same database, and how they come to be.
+
+Both sets are made once, under an advisory lock: eight workers that open an empty database together
+would otherwise race Optuna's own CREATE TABLE and most would die. Workers then open the database
+without checking it again. Migrations are numbered, run forward, and never edited once released.
+"""
+
+from __future__ import annotations
+
+from optuna.storages import RDBStorage
+from sqlalchemy import Connection, text
+from sqlalchemy.exc import DBAPIError
+
+from headsearch import __version__
+from headsearch.errors import DatabaseError
+from headsearch.search.database import LOCK_SCHEMA, Database, quietly
+
+MIGRATIONS: tuple[str, ...] = (
+    """
+    CREATE TABLE headsearch.studies (
+        study_id integer PRIMARY KEY REFERENCES public.studies (study_id) ON DELETE CASCADE,
+        name text NOT NULL UNIQUE,
+        spec jsonb NOT NULL,
+        spec_hash text NOT NULL,
+        protocol text NOT NULL,
+        state text NOT NULL DEFAULT 'open' CHECK (state IN ('open', 'complete')),
+        version text NOT NULL,
+        created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+        completed_at timestamptz,
+        CHECK ((state = 'complete') = (completed_at IS NOT NULL))
+    );
+
+    -- One row per trial, written in the transaction that claims it for the first time.
+    -- attempt is the fencing token: it rises with every claim, and every write of a worker names it.
+    CREATE TABLE headsearch.trials (
+        study_id integer NOT NULL REFERENCES headsearch.studies ON DELETE CASCADE,
+        number integer NOT NULL,
+        trial_id integer NOT NULL UNIQUE,
+        point_key text NOT NULL,
+        seed bigint NOT NULL,
+        params jsonb NOT NULL,
+        state text NOT NULL DEFAULT 'running'
+            CHECK (state IN ('running', 'paused', 'complete', 'pruned', 'failed')),
+        rung integer NOT NULL DEFAULT 0,
+        epoch integer NOT NULL DEFAULT 0,
+        attempt integer NOT NULL DEFAULT 1,
+        losses integer NOT NULL DEFAULT 0,
+        worker_id text,
+        device text,
+        lease_until timestamptz,
+        projection_dim integer,
+        head_parameters bigint,
+        outcome jsonb,
+        started_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+        finished_at timestamptz,
+        PRIMARY KEY (study_id, number),
+        UNIQUE (study_id, point_key, seed),
+        CHECK ((state = 'running') = (lease_until IS NOT NULL)),
+        CHECK ((state IN ('complete', 'pruned', 'failed')) = (finished_at IS NOT NULL)),
+        CHECK (state NOT IN ('complete', 'pruned', 'failed') OR outcome IS NOT NULL)
+    );
+    CREATE INDEX trials_by_state ON headsearch.trials (study_id, state);
+
+    CREATE TABLE headsearch.reports (
+        study_id integer NOT NULL,
+        number integer NOT NULL,
+        epoch integer NOT NULL,
+        loss double precision NOT NULL,
+        probe_accuracy double precision NOT NULL,
+        feature_rank double precision NOT NULL,
+        projection_rank double precision NOT NULL,
+        views_per_second double precision NOT NULL,
+        train_seconds double precision NOT NULL,
+        attempt integer NOT NULL,
+        reported_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+        PRIMARY KEY (study_id, number, epoch),
+        FOREIGN KEY (study_id, number) REFERENCES headsearch.trials ON DELETE CASCADE
+    );
+    CREATE INDEX reports_by_epoch ON headsearch.reports (study_id, epoch) INCLUDE (number, probe_accuracy);
+
+    CREATE TABLE headsearch.workers (
+        worker_id text PRIMARY KEY,
+        study_id integer NOT NULL REFERENCES headsearch.studies ON DELETE CASCADE,
+        host text NOT NULL,
+        pid integer NOT NULL,
+        device text NOT NULL,
+        threads integer NOT NULL,
+        version text NOT NULL,
+        started_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+        beat_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+        ended_at timestamptz
+    );
+    CREATE INDEX workers_by_study ON headsearch.workers (study_id);
+    """,
+)
+
+
+def migrate(database: Database) -> None:
+    """Bring Optuna's tables and ours to this version's. Safe to call from many processes at once.
+
+    Raises:
+        DatabaseError: Not reachable, not permitted, or made by a newer headsearch.
+    """
+    with database.begin() as connection:
+        if _version(connection) == len(MIGRATIONS):
+            return
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": LOCK_SCHEMA})
+        version = _version(connection)
+        if version == len(MIGRATIONS):
+            return
+        if version > len(MIGRATIONS):
+            raise DatabaseError(
+                f"the database has schema version {version}, headsearch {__version__} knows "
+                f"{len(MIGRATIONS)}; upgrade headsearch on this machine"
+            )
+        # Optuna makes its tables over a connection of its own, while ours holds the lock.
+        try:
+            with quietly():
+                RDBStorage(database.url).engine.dispose()
+        except (DBAPIError, RuntimeError) as error:
+            raise DatabaseError(f"Optuna's tables cannot be made: {str(error).splitlines()[0]}") from None
+        connection.execute(text("CREATE SCHEMA IF NOT EXISTS headsearch"))
+        connection.execute(
+            text(
+                "CREATE TABLE IF NOT EXISTS headsearch.migrations (version integer PRIMARY KEY, "
+                "applied_by text NOT NULL, applied_at timestamptz NOT NULL DEFAULT clock_timestamp())"
+            )
+        )
+        for number, statements in enumerate(MIGRATIONS[version:], start=version + 1):
+            connection.exec_driver_sql(statements)
+            connection.execute(
+                text("INSERT INTO headsearch.migrations (version, applied_by) VALUES (:version, :by)"),
+                {"version": number, "by": __version__},
+            )
+
+
+def _version(connection: Connection) -> int:
+    if connection.scalar(text("SELECT to_regclass('headsearch.migrations')")) is None:
+        return 0
+    return int(connection.scalar(text("SELECT coalesce(max(version), 0) FROM headsearch.migrations")) or 0)

@@ -1,0 +1,134 @@
+"""Study files: TOML in, a checked StudySpec out, every problem in one line."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from headsearch import space as spaces
+from headsearch.config import TrialConfig, set_path
+from headsearch.errors import SpecError
+from headsearch.fields import explain, guess
+from headsearch.spec import StudySpec
+
+
+def load_study(path: Path, overrides: Iterable[str] = ()) -> StudySpec:
+    """Read, override and check a study file.
+
+    Args:
+        path: The TOML file.
+        overrides: ``dotted.path=value`` each: a field of the study (``budget.trials=40``) or of the
+            trial configuration (``data.limit=5000``), which is then the same for every trial, also
+            where the space would have varied it.
+
+    Raises:
+        SpecError: The file cannot be read, is not TOML, or is not a study.
+    """
+    tree = _read(path)
+    for override in overrides:
+        _apply(tree, override)
+    return parse_study(tree, source=str(path))
+
+
+def parse_study(tree: dict[str, Any], *, source: str) -> StudySpec:
+    """Check plain data; `source` begins the message."""
+    try:
+        return StudySpec.model_validate(tree)
+    except ValidationError as error:
+        raise SpecError(f"{source}: {explain(error, StudySpec)}") from None
+
+
+def one_point(spec: StudySpec, overrides: Iterable[str] = (), *, seed: int | None = None) -> TrialConfig:
+    """One trial configuration of a study, for training without a database.
+
+    Each parameter of the space takes its first value (a range its low end) unless overridden;
+    `overrides` may also set what the study itself sets, such as ``training.epochs=0``.
+
+    Raises:
+        SpecError: An override that is not valid.
+    """
+    chosen = dict(_split(override) for override in overrides)
+    if spec.points:
+        params = dict(spec.points[0])
+    else:
+        # Values decide which later parameters are active, so overrides go in while drawing.
+        params = spaces.draw(spec.space, lambda path, p: chosen.get(path, _first(p)))
+    tree: dict[str, Any] = spec.trial_config(params, spec.seeds[0]).model_dump(mode="json")
+    fixed_kind = tree["head"]["kind"]
+    if chosen.get("head.kind", fixed_kind) != fixed_kind:
+        tree["head"] = {}
+    for path, value in chosen.items():
+        set_path(tree, path, value)
+    if seed is not None:
+        tree["seed"] = seed
+    try:
+        return TrialConfig.model_validate(tree)
+    except ValidationError as error:
+        raise SpecError(f"--set {explain(error, TrialConfig)}") from None
+
+
+def _first(parameter: spaces.Choices | spaces.Range) -> Any:
+    return parameter.low if isinstance(parameter, spaces.Range) else parameter.values[0]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise SpecError(f"{path}: no such study file") from None
+    except IsADirectoryError:
+        raise SpecError(f"{path}: a folder, not a study file") from None
+    except UnicodeDecodeError:
+        raise SpecError(f"{path}: not a TOML file (not UTF-8 text)") from None
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise SpecError(f"{path}: not a TOML file: {error}") from None
+    if not tree:
+        raise SpecError(f"{path}: empty; a study needs at least name, budget and space")
+    return tree
+
+
+def _split(override: str) -> tuple[str, Any]:
+    path, equals, text = override.partition("=")
+    if not equals or not path.strip():
+        raise SpecError(f"--set {override}: write it as dotted.path=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    return path.strip(), value
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    path, value = _split(override)
+    top = path.split(".")[0]
+    if top in StudySpec.model_fields:
+        set_path(tree, path, value)
+        return
+    if top not in TrialConfig.model_fields:
+        known = (*StudySpec.model_fields, *TrialConfig.model_fields)
+        raise SpecError(f"--set {path}: no such field; there is {guess(top, known)}")
+    if not _fix_in_space(tree.get("space"), path, value):
+        base = tree.setdefault("base", {})
+        base.pop(path, None)
+        set_path(base, path, value)
+
+
+def _fix_in_space(space: Any, path: str, value: Any) -> bool:
+    """Replace a parameter by a value, keeping its conditions; false where the space has none."""
+    if not isinstance(space, dict):
+        return False
+    if path in space:
+        old = space[path]
+        kept = {"when": old["when"]} if isinstance(old, dict) and "when" in old else {}
+        space[path] = {"value": value, **kept}
+        return True
+    table, dot, rest = path.partition(".")
+    return bool(dot) and _fix_in_space(space.get(table), rest, value)

@@ -1,0 +1,168 @@
+"""Fixtures and skips that all tests share.
+
+Each process of pytest-xdist has a server of its own, so that tests never meet in a database.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from headsearch.errors import HeadsearchError
+from headsearch.runtime import pgroles
+from headsearch.runtime.database import DatabaseAddress
+from headsearch.runtime.pgbinaries import find_folder
+from headsearch.runtime.postgres import EmbeddedServer
+
+_DATABASE_VARIABLES = ("HEADSEARCH_DATABASE_URL", "HEADSEARCH_DATABASE_URL_FILE")
+
+
+def chromium_executable() -> str | None:
+    """``$HEADSEARCH_CHROMIUM``, else the system's Chromium or Chrome."""
+    named = os.environ.get("HEADSEARCH_CHROMIUM", "")
+    names = [named] if named else ["chromium", "chromium-browser", "google-chrome"]
+    return next((found for name in names if (found := shutil.which(name))), None)
+
+
+def missing_for(marker: str) -> str | None:
+    """Why tests with this marker cannot run here, or None when they can."""
+    if marker == "postgres":
+        try:
+            find_folder()
+        except HeadsearchError as error:
+            return str(error)
+    if marker == "browser":
+        if not importlib.util.find_spec("playwright"):
+            return "playwright is not installed"
+        if not chromium_executable():
+            return "no Chromium: install one or set HEADSEARCH_CHROMIUM"
+    if marker == "containers" and not (shutil.which("docker") and shutil.which("docker-compose")):
+        return "no docker and docker-compose"
+    if marker == "slurm" and not (shutil.which("sbatch") and shutil.which("squeue")):
+        return "no Slurm"
+    if marker == "gpu":
+        import torch
+
+        if not torch.cuda.is_available():
+            return "no CUDA device"
+    return None
+
+
+@contextmanager
+def open_folder(prefix: str) -> Iterator[Path]:
+    """A temporary folder that other users may enter."""
+    folder = Path(tempfile.mkdtemp(prefix=prefix)).resolve()
+    folder.chmod(0o755)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reasons: dict[str, str | None] = {}
+    for item in items:
+        for marker in ("postgres", "browser", "containers", "slurm", "gpu"):
+            if item.get_closest_marker(marker):
+                reason = reasons.setdefault(marker, missing_for(marker))
+                if reason:
+                    item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _no_outer_database(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test never writes to a database or home that the developer works with."""
+    for name in _DATABASE_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def open_folder_factory() -> Callable[[str], AbstractContextManager[Path]]:
+    """Makes temporary folders that other users may enter."""
+    return open_folder
+
+
+@pytest.fixture
+def headsearch_home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A home folder of the test's own, set as HEADSEARCH_HOME.
+
+    Not below `tmp_path`, which is closed to the user that PostgreSQL runs as when tests run as root.
+    """
+    with open_folder("headsearch-home-") as home:
+        monkeypatch.setenv("HEADSEARCH_HOME", str(home))
+        yield home
+
+
+@dataclass(frozen=True)
+class PostgresServer:
+    """The running server that a process's tests share."""
+
+    server: EmbeddedServer
+
+    def address(self, database: str) -> DatabaseAddress:
+        url, reader_url = self.server.url("owner", database), self.server.url("reader", database)
+        return DatabaseAddress(url, reader_url, embedded=True)
+
+    def create_database(self) -> str:
+        name = f"test_{uuid.uuid4().hex[:12]}"
+        pgroles.create_database(*self._access(), name)
+        return name
+
+    def drop_database(self, name: str) -> None:
+        pgroles.drop_database(*self._access(), name)
+
+    def _access(self) -> tuple[int, str]:
+        port, password = self.server.folder.port, self.server.folder.password("owner")
+        assert port
+        return port, password
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    reason = missing_for("postgres")
+    if reason:
+        pytest.skip(reason)
+    with open_folder("headsearch-tests-") as home:
+        server = EmbeddedServer(home / "postgres")
+        with server.attach():
+            yield PostgresServer(server)
+
+
+@pytest.fixture
+def database_address(postgres_server: PostgresServer) -> Iterator[DatabaseAddress]:
+    """A fresh, empty database, which the reader role may read."""
+    name = postgres_server.create_database()
+    yield postgres_server.address(name)
+    postgres_server.drop_database(name)
+
+
+@pytest.fixture
+def database_url(database_address: DatabaseAddress) -> str:
+    """URL of a fresh, empty database for SQLAlchemy."""
+    return database_address.url
+
+
+@pytest.fixture
+def subprocess_env(headsearch_home: Path) -> dict[str, str]:
+    """Environment for child processes: this checkout on their path, and a home folder of the test's own."""
+    root = str(Path(__file__).resolve().parents[1])
+    path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
+    return {**os.environ, "HEADSEARCH_HOME": str(headsearch_home), "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """Path of Chromium, for playwright's `executable_path`."""
+    executable = chromium_executable()
+    if not executable:
+        pytest.skip("no Chromium: install one or set HEADSEARCH_CHROMIUM")
+    return executable

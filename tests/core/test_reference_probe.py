@@ -1,0 +1,136 @@
+"""The linear probe against scikit-learn on raw pixels of the digits, and who chooses the penalty."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from references import cross_entropy
+from sklearn.linear_model import LogisticRegression
+from torch import nn
+
+from headsearch.config import DataConfig, ProbeConfig, TrialConfig
+from headsearch.core.images import ImageSet, load_images
+from headsearch.core.logistic import fit_probe
+from headsearch.core.pretrain import Pretrained
+from headsearch.core.probe import evaluate
+
+CPU = torch.device("cpu")
+PENALTIES = (1e-3, 1e-2, 1e-1)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory) -> ImageSet:
+    return load_images(DataConfig(), home=tmp_path_factory.mktemp("home"))
+
+
+def pixels(split) -> np.ndarray:
+    """Raw pixels (N, 192); three equal channels, as an encoder that only flattens would see them."""
+    return split.images.flatten(1).double().numpy() / 255
+
+
+def standardised(split, train) -> np.ndarray:
+    mean, std = pixels(train).mean(axis=0), pixels(train).std(axis=0)
+    return (pixels(split) - mean) / np.where(std > 1e-12, std, 1.0)
+
+
+def scikit(digits: ImageSet, penalty: float) -> LogisticRegression:
+    x, y = standardised(digits.train, digits.train), digits.train.labels.numpy()
+    return LogisticRegression(C=1 / (penalty * len(x)), tol=1e-8, max_iter=20_000).fit(x, y)
+
+
+def objective(x, labels, weight, bias, penalty: float) -> float:
+    return cross_entropy(x, labels, weight, bias) + penalty / 2 * float((weight**2).sum())
+
+
+@pytest.mark.parametrize("penalty", [1e-4, *PENALTIES, 1.0])
+def test_objective_and_accuracy_are_scikit_learns(digits, penalty):
+    features = digits.train.images.flatten(1).float() / 255
+    probe = fit_probe(features, digits.train.labels, 10, penalty=penalty, iterations=200)
+    oracle = scikit(digits, penalty)
+    x, labels = standardised(digits.train, digits.train), digits.train.labels.numpy()
+    ours = objective(x, labels, probe.weight.numpy(), probe.bias.numpy(), penalty)
+    theirs = objective(x, labels, oracle.coef_, oracle.intercept_, penalty)
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    for split in (digits.train, digits.validation, digits.test):
+        accuracy = probe.accuracy(split.images.flatten(1).float() / 255, split.labels)
+        assert accuracy == oracle.score(standardised(split, digits.train), split.labels.numpy())
+
+
+def test_the_bias_is_not_penalised(digits):
+    """Under a huge penalty the weights vanish and the bias still learns the class frequencies."""
+    rows = digits.train.labels < 2
+    rows[torch.nonzero(digits.train.labels == 1)[30:, 0]] = False
+    features, labels = digits.train.images[rows].flatten(1).float(), digits.train.labels[rows]
+    probe = fit_probe(features, labels, 2, penalty=1e6, iterations=200)
+    odds = np.log(float((labels == 1).sum()) / float((labels == 0).sum()))
+    assert float(probe.bias[1] - probe.bias[0]) == pytest.approx(odds, rel=1e-3)
+    assert float(probe.weight.abs().max()) < 1e-4
+
+
+def test_shifted_scaled_and_constant_features_change_nothing(digits):
+    features = digits.train.images[:, 0].flatten(1).double() / 255
+    labels = digits.train.labels
+    rng = np.random.default_rng(3)
+    scale, shift = torch.tensor(rng.uniform(0.1, 50, size=64)), torch.tensor(rng.normal(size=64) * 5)
+    moved = torch.cat([features * scale + shift, torch.full((len(labels), 2), 3.3)], dim=1)
+    plain = fit_probe(features, labels, 10, penalty=1e-2, iterations=200)
+    other = fit_probe(moved, labels, 10, penalty=1e-2, iterations=200)
+    np.testing.assert_allclose(other.weight[:, :64].numpy(), plain.weight.numpy(), atol=1e-3)
+    assert (plain.predict(features) == other.predict(moved)).double().mean() > 0.999
+    assert other.weight.isfinite().all()
+
+
+def pretrained() -> Pretrained:
+    return Pretrained(nn.Flatten(), nn.Identity(), 192, 192, 0, 0, 0.0, 0.0, None, "fp32")
+
+
+def evaluation(images: ImageSet, penalties: tuple[float, ...] = PENALTIES):
+    config = TrialConfig(probe=ProbeConfig(penalties=penalties, iterations=200))
+    return evaluate(pretrained(), images, config, device=CPU)
+
+
+def test_final_probe_is_scikit_learn_with_the_penalty_that_validation_chose(digits):
+    scores = {
+        penalty: (
+            scikit(digits, penalty).score(
+                standardised(digits.validation, digits.train), digits.validation.labels.numpy()
+            ),
+            penalty,
+        )
+        for penalty in PENALTIES
+    }
+    chosen = max(scores, key=lambda penalty: scores[penalty])  # of equals the largest
+    found = evaluation(digits)
+    assert (found.penalty, found.probe_accuracy) == (chosen, scores[chosen][0])
+    oracle = scikit(digits, chosen)
+    test = oracle.score(standardised(digits.test, digits.train), digits.test.labels.numpy())
+    assert found.test_accuracy == test
+    assert (found.train_images, found.validation_images, found.test_images) == tuple(
+        len(split.labels) for split in (digits.train, digits.validation, digits.test)
+    )
+
+
+def test_the_test_split_has_no_say(digits):
+    """Test labels on which the other penalty would win change the test accuracy and nothing else."""
+    penalties = (1e-3, 1e-1)
+    found = evaluation(digits, penalties)
+    (other,) = set(penalties) - {found.penalty}
+    train, test = (split.images.flatten(1).float() / 255 for split in (digits.train, digits.test))
+    rival = fit_probe(train, digits.train.labels, 10, penalty=other, iterations=200)
+    again = evaluation(replace(digits, test=replace(digits.test, labels=rival.predict(test))), penalties)
+    assert (again.penalty, again.probe_accuracy) == (found.penalty, found.probe_accuracy)
+    assert found.test_accuracy != again.test_accuracy < 1.0
+
+
+def test_validation_decides(digits):
+    """Validation labels made by one penalty's probe choose that penalty."""
+    train = digits.train.images.flatten(1).float() / 255
+    held = digits.validation.images.flatten(1).float() / 255
+    for penalty in (1e-3, 1e-1, 10.0):
+        rival = fit_probe(train, digits.train.labels, 10, penalty=penalty, iterations=200)
+        rigged = replace(digits, validation=replace(digits.validation, labels=rival.predict(held)))
+        found = evaluation(rigged, (1e-3, 1e-1, 10.0))
+        assert (found.penalty, found.probe_accuracy) == (penalty, 1.0)
