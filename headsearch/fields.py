@@ -51,7 +51,8 @@ def guess(word: str, known: Iterable[str]) -> str:
 
 def explain(error: ValidationError, root: type[BaseModel]) -> str:
     """One line for the first problem, with its dotted path and what would be valid."""
-    details = error.errors(include_url=False)
+    # A misspelt key is also a missing one; its own name says more.
+    details = sorted(error.errors(include_url=False), key=lambda d: d["type"] != "extra_forbidden")
     first = details[0]
     path = _path(first["loc"])
     message = _message(first, path, root)

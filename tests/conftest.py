@@ -10,10 +10,12 @@ import os
 import shutil
 import tempfile
 import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -22,6 +24,9 @@ from headsearch.runtime import pgroles
 from headsearch.runtime.database import DatabaseAddress
 from headsearch.runtime.pgbinaries import find_folder
 from headsearch.runtime.postgres import EmbeddedServer
+
+if TYPE_CHECKING:
+    from optuna import Study
 
 _DATABASE_VARIABLES = ("HEADSEARCH_DATABASE_URL", "HEADSEARCH_DATABASE_URL_FILE")
 
@@ -58,14 +63,21 @@ def missing_for(marker: str) -> str | None:
 
 
 @contextmanager
-def open_folder(prefix: str) -> Iterator[Path]:
-    """A temporary folder that other users may enter."""
-    folder = Path(tempfile.mkdtemp(prefix=prefix)).resolve()
+def open_folder(prefix: str, parent: Path | None = None) -> Iterator[Path]:
+    """A temporary folder that other users may enter, in memory unless `parent` says where."""
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent or memory_folder())).resolve()
     folder.chmod(0o755)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def memory_folder() -> Path | None:
+    """Where commits cost no disk writes, if there is room; no test cuts the power."""
+    folder, gibibyte = Path("/dev/shm"), 2**30
+    usable = folder.is_dir() and os.access(folder, os.W_OK) and shutil.disk_usage(folder).free > gibibyte
+    return folder if usable else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -86,8 +98,8 @@ def _no_outer_database(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def open_folder_factory() -> Callable[[str], AbstractContextManager[Path]]:
-    """Makes temporary folders that other users may enter."""
+def open_folder_factory() -> Callable[..., AbstractContextManager[Path]]:
+    """Makes temporary folders that other users may enter, in memory unless told where."""
     return open_folder
 
 
@@ -156,7 +168,39 @@ def subprocess_env(headsearch_home: Path) -> dict[str, str]:
     """Environment for child processes: this checkout on their path, and a home folder of the test's own."""
     root = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
-    return {**os.environ, "HEADSEARCH_HOME": str(headsearch_home), "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    return {
+        **os.environ,
+        "HEADSEARCH_HOME": str(headsearch_home),
+        "PYTHONPATH": path,
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+@pytest.fixture
+def pareto_study(database_url: str) -> Study:
+    """A study in plain Optuna: accuracy up, dim down; 20 complete trials and 4 pruned ones."""
+    import optuna
+    from optuna.storages import RDBStorage
+    from optuna.trial import TrialState
+
+    study = optuna.create_study(
+        study_name="heads",
+        storage=RDBStorage(database_url, engine_kwargs={"pool_size": 1}),
+        directions=["maximize", "minimize"],
+        sampler=optuna.samplers.RandomSampler(seed=0),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study.set_metric_names(["probe accuracy", "projection dim"])
+    for number in range(24):
+        trial = study.ask()
+        dim = trial.suggest_int("head.projection_dim", 2, 128, log=True)
+        temperature = trial.suggest_float("objective.temperature", 0.05, 1.0)
+        if number % 6 == 5:
+            study.tell(trial, state=TrialState.PRUNED)
+        else:
+            study.tell(trial, [0.9 - 0.4 / dim - 0.1 * temperature, dim])
+    return study
 
 
 @pytest.fixture(scope="session")

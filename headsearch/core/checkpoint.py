@@ -6,6 +6,7 @@ import hashlib
 import io
 import logging
 import os
+import pickle
 import re
 import shutil
 import uuid
@@ -97,11 +98,14 @@ class CheckpointFolder:
         start = len(MAGIC) + DIGEST_BYTES
         body = memoryview(content)[start:]
         digest = hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest()
-        if content[:start] != MAGIC + digest:
-            logger.warning("checkpoint %s is damaged; falling back to the one before", path)
-            return None
-        state: dict[str, Any] = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
-        return state
+        if content[:start] == MAGIC + digest:
+            try:
+                state: dict[str, Any] = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+                return state
+            except (pickle.UnpicklingError, RuntimeError):
+                pass  # whole, and not ours
+        logger.warning("checkpoint %s is damaged; falling back to the one before", path)
+        return None
 
 
 def sync_folder(path: Path) -> None:

@@ -132,8 +132,8 @@ def _read_torchvision(config: DataConfig, dataset: Torchvision, root: Path, scra
             found = make(root=str(root), download=False, **arguments)
         except (RuntimeError, OSError, ValueError, KeyError, EOFError) as error:
             raise DataError(
-                f"data.root: {root / dataset.base} is incomplete or damaged ({' '.join(str(error).split())}); "
-                "remove it and set data.download = true to fetch it again"
+                f"data.root: {root / dataset.base} is incomplete or damaged ({' '.join(str(error).split())}) "
+                "- remove it and set data.download = true to fetch it again"
             ) from error
         images, labels = (
             _read_photos(found, config, scratch / f"{split}.raw.npy")

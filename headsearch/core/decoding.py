@@ -99,6 +99,15 @@ def fit_array(images: Pixels, size: int | None) -> Pixels:
     )
 
 
+def new_array(path: Path, shape: tuple[int, ...]) -> Pixels:
+    """Make a memory-mapped uint8 array in the new file `path`. Raises OSError if the disk has no room."""
+    array = open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+    with path.open("r+b") as file:
+        # A disk that fills up under a mapping kills the process instead of raising.
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
+
+
 def decode_files(
     paths: Sequence[Path], size: int, target: Path, *, trim_bottom: int = 0
 ) -> tuple[Pixels, dict[int, str]]:
@@ -107,7 +116,7 @@ def decode_files(
     Also returns the indices of unreadable files, each with the reason; their rows are zero.
     Raises StorageError if the disk fails rather than a file.
     """
-    out = open_memmap(target, mode="w+", dtype=np.uint8, shape=(len(paths), 3, size, size))
+    out = new_array(target, (len(paths), 3, size, size))
 
     def decode_chunk(start: int) -> dict[int, str]:
         failures = {}

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from headsearch.core.decoding import Decoded, Pictures, decode_file, decode_files
+from headsearch.core.decoding import Decoded, Pictures, Pixels, decode_file, decode_files
 from headsearch.errors import DataError, StorageError
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"})
@@ -92,7 +93,7 @@ def read_folder(listing: Listing, size: int | None, max_unreadable: float, scrat
             skipped.append(files[index][0])
         labels = np.array([label for _, label in files], dtype=np.int64)
         readable = np.array([index not in failures for index in range(len(files))])
-        splits[split] = Pictures(images if not failures else images[readable], labels[readable])
+        splits[split] = Pictures(_compact(images, np.flatnonzero(readable)), labels[readable])
     check_skipped(skipped, len(listing), max_unreadable)
     for split, pictures in splits.items():
         present = np.bincount(pictures.labels, minlength=len(listing.classes))
@@ -126,7 +127,7 @@ def _list_split(root: Path, split: str) -> dict[str, list[str]]:
         )
     by_class: dict[str, list[str]] = {}
     try:
-        for entry in os.scandir(folder):
+        for entry in list(os.scandir(folder)):  # read to its end, so that it is closed whatever follows
             if entry.name.startswith(".") or not entry.is_dir():
                 continue
             by_class[entry.name] = sorted(
@@ -143,6 +144,15 @@ def _list_split(root: Path, split: str) -> dict[str, list[str]]:
     except OSError as error:
         raise StorageError(f"{error.filename or folder}: cannot be listed ({error.strerror})") from error
     return by_class
+
+
+def _compact(images: Pixels, kept: NDArray[np.int64]) -> Pixels:
+    """Move the rows `kept` (ascending) to the front, in place: `images` may not fit into memory."""
+    if len(kept) < len(images):
+        for start in range(0, len(kept), 1024):
+            rows = kept[start : start + 1024]
+            images[start : start + len(rows)] = images[rows]
+    return images[: len(kept)]
 
 
 def _first_side(listing: Listing) -> int:

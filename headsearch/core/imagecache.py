@@ -18,9 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from numpy.lib.format import open_memmap
 
-from headsearch.core.decoding import Decoded, Pictures
+from headsearch.core.decoding import Decoded, Pictures, new_array
 from headsearch.core.splits import stratified_order
 from headsearch.errors import StorageError
 
@@ -89,13 +88,12 @@ def _write(part: Path, read: Callable[[Path], Decoded]) -> None:
         labels, shape = pictures.labels[order], pictures.images.shape
         digest.update(json.dumps([split, shape]).encode() + labels.astype("<i8").tobytes())
         np.save(part / f"{split}_labels.npy", labels)
-        out = open_memmap(part / f"{split}.npy", mode="w+", dtype=np.uint8, shape=shape)
+        out = new_array(part / f"{split}.npy", shape)
         rows = max(1, _CHUNK_BYTES // int(np.prod(shape[1:])))
         for start in range(0, len(order), rows):
             chunk = pictures.images[order[start : start + rows]]
             out[start : start + rows] = chunk
             digest.update(np.ascontiguousarray(chunk).data)
-        out.flush()
     shutil.rmtree(scratch)
     facts = {
         "content": digest.hexdigest(),

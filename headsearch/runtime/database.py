@@ -8,12 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
 
 import psycopg2
 
 from headsearch.errors import DatabaseError, InputError, ServerError
 from headsearch.home import home_folder, postgres_folder
+
+if TYPE_CHECKING:
+    from headsearch.runtime.postgres import EmbeddedServer
 
 URL_VARIABLE = "HEADSEARCH_DATABASE_URL"
 FILE_VARIABLE = "HEADSEARCH_DATABASE_URL_FILE"
@@ -123,13 +127,22 @@ def open_database(home: Path | None = None) -> Iterator[DatabaseAddress]:
         check(url)
         yield DatabaseAddress(url, read_only(url), embedded=False)
         return
+    with embedded_server(home).attach() as handle:
+        yield DatabaseAddress(handle.url("owner"), handle.url("reader"), embedded=True)
+
+
+def embedded_server(home: Path | None = None) -> EmbeddedServer:
+    """Name the embedded server of the home folder, for the commands that start and stop it.
+
+    Raises InputError when a URL names a database elsewhere, ServerError where there is no embedded server.
+    """
+    if given_url():
+        raise InputError(f"{URL_VARIABLE} names a database elsewhere: unset it to use the embedded server")
     if sys.platform == "win32":
         raise ServerError(f"there is no embedded PostgreSQL on Windows: set {URL_VARIABLE} to {_VALID}")
     from headsearch.runtime.postgres import EmbeddedServer  # needs a POSIX system
 
-    server = EmbeddedServer(postgres_folder(home or home_folder()))
-    with server.attach() as handle:
-        yield DatabaseAddress(handle.url("owner"), handle.url("reader"), embedded=True)
+    return EmbeddedServer(postgres_folder(home or home_folder()))
 
 
 def check(url: str, *, timeout: int = _CONNECT_SECONDS) -> None:

@@ -53,7 +53,7 @@ def launch(folder: StateFolder, lock: FileLock) -> None:
     if folder.version != str(MAJOR):
         raise ServerError(
             f"{folder.data_dir} was made by PostgreSQL {folder.version or '?'}, this is "
-            f"{binaries.version()}: dump it with that version's pg_dump, move it away, restore with pg_restore"
+            f"{binaries.version()}: dump it with that version's pg_dump, move it away, then pg_restore"
         )
     remove_stale_pid_file(folder.data_dir)
     _open_log(folder, user)

@@ -40,7 +40,7 @@ ENGINE_OPTIONS: dict[str, Any] = {
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
     """Without Optuna's notes on features it calls experimental; we chose them (DESIGN: group, liar)."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         yield
@@ -56,7 +56,7 @@ def translated() -> Iterator[None]:
     except DBAPIError as error:
         raise DatabaseError(f"the database refused a statement: {_first_line(error.orig)}") from error
     except optuna.exceptions.StorageInternalError as error:
-        raise DatabaseError(f"the database does not answer: {_first_line(error.__cause__)}") from error
+        raise DatabaseError(f"Optuna's storage failed: {_first_line(error.__cause__)}") from error
 
 
 def _first_line(error: BaseException | None) -> str:

@@ -6,7 +6,7 @@ nothing: it gets LeaseLost. A lease that ran out but was not taken is still its 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from sqlalchemy import Connection, text
@@ -113,6 +113,12 @@ def arrive(database: Database, study: Study, claim: Claim) -> Literal["paused", 
     )
     outcomes.finish(database, study, claim.number, claim.attempt, outcome)
     return "ended"
+
+
+def past_rung(study: Study, claim: Claim) -> Claim:
+    """The claim of a trial that went on at its rung, with the next rung to stop at."""
+    later = [rung for rung in study.spec.rungs if claim.stop_at is not None and rung > claim.stop_at]
+    return replace(claim, stop_at=later[0] if later else None)
 
 
 def give_back(database: Database, study: Study, claim: Claim) -> None:

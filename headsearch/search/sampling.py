@@ -88,7 +88,6 @@ def make_sampler(spec: SamplerSpec, number: int, *, warmed_up: bool) -> BaseSamp
                     group=True,
                     constant_liar=True,
                     n_startup_trials=startup,
-                    warn_independent_sampling=False,
                     seed=seed,
                 )
             case "gp":

@@ -104,6 +104,10 @@ def migrate(database: Database) -> None:
     with database.begin() as connection:
         if _version(connection) == len(MIGRATIONS):
             return
+        _settle_search_path(connection)
+    # Connections made from here on find Optuna's tables in `public`.
+    database.engine.dispose()
+    with database.begin() as connection:
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": LOCK_SCHEMA})
         version = _version(connection)
         if version == len(MIGRATIONS):
@@ -132,6 +136,16 @@ def migrate(database: Database) -> None:
                 text("INSERT INTO headsearch.migrations (version, applied_by) VALUES (:version, :by)"),
                 {"version": number, "by": __version__},
             )
+
+
+def _settle_search_path(connection: Connection) -> None:
+    """Keep a role that is named like our schema from finding our tables before Optuna's.
+
+    PostgreSQL looks into a schema of the role's own name first, and both have a table `studies`.
+    """
+    if connection.scalar(text("SELECT current_user")) == "headsearch":
+        name = connection.scalar(text("SELECT quote_ident(current_database())"))
+        connection.exec_driver_sql(f"ALTER ROLE headsearch IN DATABASE {name} SET search_path = public")
 
 
 def _version(connection: Connection) -> int:

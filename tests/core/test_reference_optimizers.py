@@ -36,6 +36,8 @@ def trajectories(config: OptimizerConfig, rng: np.random.Generator):
     optimizer = build_optimizer(config, model)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    grouped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert grouped == {id(p) for p in named.values()}
     start = {name: p.detach().double().numpy().copy() for name, p in named.items()}
     gradients: dict[str, list[np.ndarray]] = {name: [] for name in named}
     for rate in RATES:

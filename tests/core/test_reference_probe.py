@@ -54,6 +54,8 @@ def test_objective_and_accuracy_are_scikit_learns(digits, penalty):
     ours = objective(x, labels, probe.weight.numpy(), probe.bias.numpy(), penalty)
     theirs = objective(x, labels, oracle.coef_, oracle.intercept_, penalty)
     assert ours == pytest.approx(theirs, rel=1e-4)
+    spread = pixels(digits.train).std(axis=0)
+    np.testing.assert_allclose(probe.scale.numpy(), np.where(spread > 1e-12, spread, 1.0), rtol=1e-6)
     for split in (digits.train, digits.validation, digits.test):
         accuracy = probe.accuracy(split.images.flatten(1).float() / 255, split.labels)
         assert accuracy == oracle.score(standardised(split, digits.train), split.labels.numpy())
@@ -134,3 +136,8 @@ def test_validation_decides(digits):
         rigged = replace(digits, validation=replace(digits.validation, labels=rival.predict(held)))
         found = evaluation(rigged, (1e-3, 1e-1, 10.0))
         assert (found.penalty, found.probe_accuracy) == (penalty, 1.0)
+
+
+def test_of_equal_penalties_the_largest_is_chosen(digits):
+    found = evaluation(digits, (1.0001e-2, 1e-2, 1.0002e-2))
+    assert found.penalty == 1.0002e-2

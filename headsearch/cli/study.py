@@ -1,0 +1,140 @@
+"""Commands on studies in the database: create, list, show, front, delete, schema."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from headsearch.cli.options import Json, Name, NoCheck, Overrides, StudyFile, emit, emit_lines, note
+
+app = typer.Typer(help="Make, list, show and delete studies.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.command()
+def create(study: StudyFile, overrides: Overrides = None, no_check: NoCheck = False) -> None:
+    """Make a study for workers to come; an equal one that exists is kept."""
+    from headsearch.report.summary import header
+    from headsearch.runtime.bundled import study_file
+    from headsearch.runtime.running import make_study
+    from headsearch.runtime.session import open_session
+    from headsearch.study_file import load_study
+
+    spec = load_study(study_file(study), overrides or [])
+    with open_session() as session:
+        made, new, notes = make_study(session, spec, data_check=not no_check)
+        for line in notes:
+            note(line)
+        emit_lines([f"{label:<11}{text}" for label, text in header(made, session.address.redacted)])
+        emit_lines(
+            [
+                f"study {made.name} {'made' if new else 'exists already, with the same spec'}",
+                f"work on it: headsearch worker --study {made.name}",
+            ]
+        )
+
+
+@app.command("list")
+def list_studies(as_json: Json = False) -> None:
+    """List all studies, the newest first."""
+    from headsearch.report.summary import listing, listing_json
+    from headsearch.runtime.session import open_session
+    from headsearch.search.snapshot import progress
+    from headsearch.search.studies import all_studies
+
+    with open_session() as session:
+        found = [(study, progress(session.database, study)) for study in all_studies(session.database)]
+    if as_json:
+        emit([listing_json(*one) for one in found])
+    elif found:
+        emit_lines(listing(found).lines())
+    else:
+        emit_lines(["no study yet: headsearch run quickstart"])
+
+
+@app.command()
+def show(name: Name, as_json: Json = False) -> None:
+    """Show a study: spec, counts, all trials, workers."""
+    from headsearch.report.progress import counts_line
+    from headsearch.report.summary import header, study_json, worker_lines
+    from headsearch.report.trials import trial_table
+    from headsearch.runtime.bundled import study_name
+    from headsearch.runtime.session import open_session
+    from headsearch.search.snapshot import read
+
+    wanted = study_name(name)
+    with open_session() as session:
+        snapshot, where = read(session.database, wanted), session.address.redacted
+    if as_json:
+        emit(study_json(snapshot))
+        return
+    emit_lines([f"{label:<11}{text}" for label, text in header(snapshot.study, where)])
+    emit_lines([counts_line(snapshot), *worker_lines(snapshot)])
+    if snapshot.trials:
+        emit_lines(["", *trial_table(snapshot, most=None).lines()])
+
+
+@app.command()
+def front(
+    name: Name,
+    as_json: Json = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    figure: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw it: .html, or .png and .svg with Chrome or Chromium."),
+    ] = None,
+) -> None:
+    """Show the front: validation accuracy, which selects, against projection dim; and test accuracy."""
+    from headsearch.report.fronts import front_csv, front_json
+    from headsearch.report.summary import front_lines
+    from headsearch.runtime.bundled import study_name
+    from headsearch.runtime.session import open_session
+    from headsearch.search.snapshot import read
+
+    if as_json and as_csv:
+        raise typer.BadParameter("--json and --csv: give one of the two")
+    wanted = study_name(name)
+    with open_session() as session:
+        snapshot = read(session.database, wanted)
+    if figure is not None:
+        from headsearch.report.figures import front_figure, save_figure
+
+        save_figure(front_figure(snapshot), figure)
+        note(f"drawn to {figure}")
+    if as_json:
+        emit(front_json(snapshot))
+    elif as_csv:
+        typer.echo(front_csv(snapshot), nl=False)
+    elif figure is None:
+        emit_lines(front_lines(snapshot))
+
+
+@app.command()
+def delete(
+    name: Name,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Also while workers train its trials.")] = False,
+) -> None:
+    """Delete a study with its trials, curves and checkpoints."""
+    from headsearch.runtime.bundled import study_name
+    from headsearch.runtime.removal import delete_study
+    from headsearch.runtime.session import open_session
+    from headsearch.search.snapshot import progress
+    from headsearch.search.studies import get
+
+    wanted = study_name(name)
+    with open_session() as session:
+        if not yes:
+            trials = sum(progress(session.database, get(session.database, wanted)).trials.values())
+            typer.confirm(f"Delete study {wanted} with {trials} trials?", abort=True)
+        delete_study(session, wanted, force=force)
+    emit_lines([f"study {wanted} deleted"])
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of study files, for editors."""
+    from headsearch.study_schema import study_schema
+
+    emit(study_schema())

@@ -1,0 +1,145 @@
+"""Commands that train: run, worker, train."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from headsearch.cli.options import (
+    Device,
+    Json,
+    NoCheck,
+    Overrides,
+    StudyFile,
+    Threads,
+    emit,
+    emit_lines,
+    note,
+)
+
+FAILED = 1
+INTERRUPTED = 130
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the commands of this file."""
+    app.command()(run)
+    app.command()(worker)
+    app.command()(train)
+
+
+def run(
+    study: StudyFile,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes; by default one per GPU, else one per two cores (at least 2)."),
+    ] = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    overrides: Overrides = None,
+    no_check: NoCheck = False,
+    as_json: Json = False,
+) -> None:
+    """Make or resume a study, train it here, show its front.
+
+    Ctrl-C lets workers finish their epoch; the same command goes on from there.
+    Exit codes: 0 done, 1 some trials failed, 2 wrong input, 130 interrupted.
+    """
+    from headsearch.cli.display import open_display
+    from headsearch.report.summary import ending, ending_json, header
+    from headsearch.runtime.bundled import study_file
+    from headsearch.runtime.running import Crew, make_study, run_study
+    from headsearch.runtime.session import open_session
+    from headsearch.study_file import load_study
+
+    path, given = study_file(study), overrides or []
+    spec = load_study(path, given)
+    with open_session() as session:
+        made, _, notes = make_study(session, spec, data_check=not no_check, device=device)
+        for line in notes:
+            note(line)
+        with open_display(header(made, session.address.redacted), quiet=as_json) as display:
+            result = run_study(session, made, Crew(workers, device, threads), display)
+        if as_json:
+            emit(ending_json(result.snapshot, study, given, seconds=result.seconds))
+        else:
+            if not result.started:
+                emit_lines([f"study {made.name} is complete: nothing to train", ""])
+            elif result.interrupted:
+                emit_lines(["interrupted: the same command goes on from here", ""])
+            seconds = result.seconds if result.started else None
+            emit_lines(ending(result.snapshot, study, given, seconds=seconds))
+    if result.interrupted:
+        raise typer.Exit(INTERRUPTED)
+    if result.snapshot.counts["failed"]:
+        raise typer.Exit(FAILED)
+
+
+def worker(
+    study: Annotated[str, typer.Option(metavar="NAME", help="Study in the database.")],
+    device: Device = "auto",
+    threads: Threads = None,
+    count: Annotated[int | None, typer.Option(min=1, help="Leave after this many trials have ended.")] = None,
+    parent: Annotated[int | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Train trials of a study that exists, until it is complete.
+
+    As many workers may join as there are machines.
+    The first SIGTERM or Ctrl-C ends it after the current epoch, the second at once.
+    """
+    from headsearch.runtime.bundled import study_name
+    from headsearch.runtime.worker import run_worker
+
+    name = study_name(study)
+    result = run_worker(
+        name, device=device, threads=threads, count=count, parent=parent, say=lambda line: typer.echo(line)
+    )
+    typer.echo(f"{result.ended} trials ended, {result.failed} of them failed")
+
+
+def train(
+    study: StudyFile,
+    overrides: Overrides = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="By default the study's first.")] = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Train one point of a study, without a database.
+
+    Parameters that are not set take their first value; training.epochs=0 measures the untrained encoder.
+    """
+    from headsearch.home import home_folder
+    from headsearch.report.tables import duration
+    from headsearch.runtime.bundled import study_file
+    from headsearch.runtime.single import point_of
+    from headsearch.runtime.single import train as train_point
+
+    config = point_of(study_file(study), overrides or [], seed=seed)
+    training = train_point(config, home=home_folder(), device=device, threads=threads)
+    while True:
+        try:
+            report = next(training)
+        except StopIteration as stop:
+            point = stop.value
+            break
+        if not as_json:
+            typer.echo(
+                f"epoch {report.epoch}/{config.training.epochs}: loss {report.loss:.4f}, validation accuracy "
+                f"{report.probe_accuracy:.4f}, ranks {report.feature_rank:.1f} of features and "
+                f"{report.projection_rank:.1f} of projections, {report.views_per_second:,.0f} views/s, "
+                f"{duration(report.train_seconds)}"
+            )
+    if as_json:
+        emit(point.to_json())
+        return
+    trained, measured = point.pretrained, point.evaluation
+    typer.echo(
+        f"head {config.head.kind}: projection dim {trained.projection_dim}, {trained.head_parameters:,} "
+        f"parameters ({trained.trainable_head_parameters:,} trained); {trained.precision} on {point.device}"
+    )
+    typer.echo(
+        f"linear probe: validation accuracy {measured.probe_accuracy:.4f}, test accuracy "
+        f"{measured.test_accuracy:.4f} ({measured.test_images:,} images)"
+    )

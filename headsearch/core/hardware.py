@@ -1,0 +1,64 @@
+"""What this machine computes with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torchvision
+
+from headsearch.config import TrainingConfig
+from headsearch.core.features import Precision, resolve_precision
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """One device: its name for ``--device``, what it is, and what precision ``auto`` means on it."""
+
+    name: str
+    model: str
+    memory_bytes: int | None
+    precision: Precision
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Torch, its threads, and the devices that it sees; `cuda` is the version it was built for."""
+
+    torch: str
+    torchvision: str
+    cuda: str | None
+    threads: int
+    devices: tuple[DeviceFacts, ...]
+
+
+def hardware() -> Hardware:
+    """Look at this machine; the CPU comes last."""
+    devices = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        device = torch.device("cuda", index)
+        facts = torch.cuda.get_device_properties(device)
+        devices.append(
+            DeviceFacts(
+                str(device), facts.name, facts.total_memory, resolve_precision(TrainingConfig(), device)
+            )
+        )
+    cpu = torch.device("cpu")
+    devices.append(
+        DeviceFacts(
+            "cpu", torch.backends.cpu.get_cpu_capability(), None, resolve_precision(TrainingConfig(), cpu)
+        )
+    )
+    return Hardware(
+        torch.__version__,
+        torchvision.__version__,
+        torch.version.cuda,
+        torch.get_num_threads(),
+        tuple(devices),
+    )
+
+
+def set_threads(threads: int | None) -> None:
+    """Let torch use this many CPU threads; None leaves it as it is."""
+    if threads is not None:
+        torch.set_num_threads(threads)

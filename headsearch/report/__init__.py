@@ -1,0 +1,1 @@
+"""What people and machines read of a study: fronts, tables, progress lines, figures, notes."""

@@ -1,0 +1,232 @@
+"""The front: points that no other point beats in every objective, each the mean of its seeds."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from headsearch.report.tables import Table, value
+from headsearch.report.trials import STATES, in_order, short_names, shown_paths
+from headsearch.search import rungs
+from headsearch.search.snapshot import Snapshot, TrialRow
+from headsearch.search.studies import Study
+from headsearch.space import Params
+from headsearch.spec import StudySpec
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Mean of a point's seeds and their sample standard deviation, which one seed does not have."""
+
+    mean: float
+    std: float | None
+
+
+@dataclass(frozen=True)
+class FrontPoint:
+    """One point of the space with all its complete trials."""
+
+    params: Params
+    numbers: tuple[int, ...]
+    """Trials."""
+    seeds: tuple[int, ...]
+    """Of those trials."""
+    probe_accuracy: Measured
+    """On the validation split: what the search chose by."""
+    test_accuracy: Measured | None
+    """On the test split, scored once for each trial."""
+    objectives: dict[str, Measured]
+    """Every objective, probe_accuracy included, in the study's order."""
+    projection_dim: int | None
+    head_parameters: int | None
+
+    @property
+    def n(self) -> int:
+        """Seeds that are complete."""
+        return len(self.numbers)
+
+
+def points(snapshot: Snapshot) -> list[FrontPoint]:
+    """All points with at least one complete trial, in the order of their first trials."""
+    by_point: dict[str, list[TrialRow]] = {}
+    for trial in snapshot.complete:
+        if trial.values is not None:
+            by_point.setdefault(json.dumps(trial.params, sort_keys=True), []).append(trial)
+    return [_point(trials, snapshot.study.spec) for trials in by_point.values()]
+
+
+def front(snapshot: Snapshot, objectives: Sequence[str] | None = None) -> list[FrontPoint]:
+    """Points that no other dominates in the means of `objectives` (default: the study's).
+
+    Ordered by their costs, the smallest first.
+    """
+    chosen = tuple(objectives or snapshot.study.spec.objectives)
+    found = points(snapshot)
+    standings = [
+        rungs.Standing(index, point.probe_accuracy.mean, _costs(point, chosen))
+        for index, point in enumerate(found)
+    ]
+    best = sorted(rungs.front(standings), key=lambda one: (one.costs, -one.accuracy, one.number))
+    return [found[one.number] for one in best]
+
+
+def _costs(point: FrontPoint, objectives: Sequence[str]) -> tuple[float, ...]:
+    return tuple(point.objectives[name].mean for name in objectives if name != "probe_accuracy")
+
+
+def _point(trials: list[TrialRow], spec: StudySpec) -> FrontPoint:
+    first = trials[0]
+    columns = zip(*(trial.values or () for trial in trials), strict=True)
+    objectives: dict[str, Measured] = {
+        name: _measured(column) for name, column in zip(spec.objectives, columns, strict=True)
+    }
+    tested = [trial.test_accuracy for trial in trials if trial.test_accuracy is not None]
+    return FrontPoint(
+        params=in_order(spec, first.params),
+        numbers=tuple(trial.number for trial in trials),
+        seeds=tuple(trial.seed for trial in trials),
+        probe_accuracy=objectives["probe_accuracy"],
+        test_accuracy=_measured(tested) if tested else None,
+        objectives=objectives,
+        projection_dim=first.projection_dim,
+        head_parameters=first.head_parameters,
+    )
+
+
+def _measured(values: Sequence[float]) -> Measured:
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return Measured(statistics.fmean(values), std)
+
+
+def front_table(snapshot: Snapshot, shown: Sequence[FrontPoint] | None = None) -> Table:
+    """The front with validation and test accuracy, seeds, and the parameters that vary."""
+    spec = snapshot.study.spec
+    shown = front(snapshot) if shown is None else shown
+    paths = shown_paths(spec)
+    names = short_names(paths)
+    others = [name for name in spec.objectives if name not in ("probe_accuracy", "projection_dim")]
+    rows = tuple(
+        (
+            value(point.projection_dim),
+            spread(point.probe_accuracy),
+            spread(point.test_accuracy),
+            str(point.n),
+            *(value(point.objectives[name].mean) for name in others),
+            ", ".join(map(str, point.numbers)),
+            *(value(point.params.get(path)) for path in paths),
+        )
+        for point in shown
+    )
+    columns = ("projection_dim", "validation", "test", "n", *others, "trials", *names.values())
+    return Table(columns, rows)
+
+
+def spread(measured: Measured | None) -> str:
+    """``0.9123 ± 0.0041``; the mean alone for one seed."""
+    if measured is None:
+        return ""
+    return f"{measured.mean:.4f}" + ("" if measured.std is None else f" ± {measured.std:.4f}")
+
+
+def captions(snapshot: Snapshot) -> list[str]:
+    """What must be said beside every front."""
+    spec, counts = snapshot.study.spec, snapshot.counts
+    shown = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
+    lines = [
+        f"study {spec.name} ({snapshot.study.state}), protocol {spec.protocol}, spec {spec.hash[:12]}",
+        "validation accuracy selects; test accuracy was scored once for each trial and selects nothing",
+        f"n = complete seeds of {len(spec.seeds)}"
+        + ("; ± is their standard deviation" * (len(spec.seeds) > 1)),
+        f"{len(snapshot.trials)} of {spec.trials} trials: {shown or 'none begun'}; {_epochs(snapshot)}",
+    ]
+    if any(point.n < len(spec.seeds) for point in front(snapshot)):
+        lines.append(
+            "some points lack seeds (pruned, failed or to come): their means rest on the seeds that are left"
+        )
+    return lines
+
+
+def _epochs(snapshot: Snapshot) -> str:
+    share = snapshot.epochs_trained / snapshot.epochs_without_pruning
+    return f"{snapshot.epochs_trained} of {snapshot.epochs_without_pruning} epochs trained ({share:.0%})"
+
+
+def front_json(snapshot: Snapshot) -> dict[str, Any]:
+    """The front and what it rests on, as plain data."""
+    spec = snapshot.study.spec
+    return {
+        **identity(snapshot.study),
+        "objectives": [
+            {"name": name, "direction": direction}
+            for name, direction in zip(spec.objectives, spec.directions, strict=True)
+        ],
+        "splits": {"selection": "validation", "final": "test"},
+        "seeds": list(spec.seeds),
+        "budget": spec.budget.model_dump(mode="json"),
+        "counts": {state: snapshot.counts[state] for state in STATES},
+        "epochs_trained": snapshot.epochs_trained,
+        "epochs_without_pruning": snapshot.epochs_without_pruning,
+        "promoted": snapshot.promoted,
+        "front": [_point_json(point) for point in front(snapshot)],
+    }
+
+
+def identity(study: Study) -> dict[str, Any]:
+    """Which study, asked how."""
+    return {
+        "study": study.name,
+        "question": study.spec.question,
+        "state": study.state,
+        "protocol": study.spec.protocol,
+        "spec_hash": study.spec.hash,
+    }
+
+
+def _point_json(point: FrontPoint) -> dict[str, Any]:
+    return {
+        "params": point.params,
+        "projection_dim": point.projection_dim,
+        "head_parameters": point.head_parameters,
+        "trials": list(point.numbers),
+        "seeds": list(point.seeds),
+        "n": point.n,
+        "validation_accuracy": vars(point.probe_accuracy),
+        "test_accuracy": vars(point.test_accuracy) if point.test_accuracy else None,
+        "objectives": {name: vars(measured) for name, measured in point.objectives.items()},
+    }
+
+
+def front_csv(snapshot: Snapshot) -> str:
+    """The front as CSV: one row a point, each with the study, its protocol and its seeds."""
+    spec = snapshot.study.spec
+    shown = front(snapshot)
+    paths = list(dict.fromkeys(path for point in shown for path in point.params))
+    others = [name for name in spec.objectives if name != "probe_accuracy"]
+    measured = ["validation_accuracy", "test_accuracy", *others]
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(
+        ["study", "protocol", "spec_hash", "n", "seeds", "trials"]
+        + [column for name in measured for column in (f"{name}_mean", f"{name}_std")]
+        + ["head_parameters"] * ("head_parameters" not in others)
+        + paths
+    )
+    for point in shown:
+        values = [point.probe_accuracy, point.test_accuracy, *(point.objectives[name] for name in others)]
+        writer.writerow(
+            [spec.name, spec.protocol, spec.hash, point.n]
+            + [" ".join(map(str, point.seeds)), " ".join(map(str, point.numbers))]
+            + [cell for one in values for cell in ((one.mean, one.std) if one else (None, None))]
+            + [point.head_parameters] * ("head_parameters" not in others)
+            + [_cell(point.params.get(path)) for path in paths]
+        )
+    return out.getvalue()
+
+
+def _cell(given: Any) -> Any:
+    return str(given).lower() if isinstance(given, bool) else given

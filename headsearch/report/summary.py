@@ -1,0 +1,204 @@
+"""How a study is introduced and how it ends, in lines and as plain data."""
+
+from __future__ import annotations
+
+import shlex
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from headsearch import space as spaces
+from headsearch.report.fronts import captions, front_json, front_table, identity
+from headsearch.report.tables import Table, accuracy, duration
+from headsearch.report.trials import STATES, best, in_order, overrides_of, params_text, trial_json, varying
+from headsearch.search.snapshot import Progress, Snapshot, TrialRow
+from headsearch.search.studies import Study
+from headsearch.spec import StudySpec
+
+MOST_NUMBERS = 12
+
+
+def header(study: Study, database: str) -> list[tuple[str, str]]:
+    """(label, text) pairs that say what is searched, how, and where it is kept.
+
+    `database` is an address without password.
+    """
+    spec = study.spec
+    arrows = {"maximize": "↑", "minimize": "↓"}
+    pairs = zip(spec.objectives, spec.directions, strict=True)
+    goals = ", ".join(f"{name} {arrows[direction]}" for name, direction in pairs)
+    lines = [("study", f"{spec.name} ({study.state}), spec {spec.hash[:12]}")]
+    if spec.question:
+        lines.append(("question", spec.question))
+    return [
+        *lines,
+        ("objectives", f"{goals}; protocol {spec.protocol}"),
+        ("space", space_text(spec)),
+        ("search", _search_text(spec)),
+        ("pruning", _pruning_text(spec)),
+        (
+            "budget",
+            f"{spec.trials} trials of {spec.budget.epochs} epochs, seeds {', '.join(map(str, spec.seeds))}",
+        ),
+        ("database", database),
+    ]
+
+
+def space_text(spec: StudySpec) -> str:
+    """How many parameters vary and how many points there are."""
+    if spec.points:
+        return f"{len(spec.points)} listed points"
+    size = spaces.size(spec.space)
+    count = f"{size:,} points" if size is not None else "more points than can be listed"
+    return f"{len(varying(spec))} parameters, {count}"
+
+
+def _search_text(spec: StudySpec) -> str:
+    if spec.mode != "search":
+        return f"every point ({spec.mode})"
+    sampler = spec.sampler
+    return f"{sampler.name}, {sampler.startup_trials} random trials first, seed {sampler.seed}"
+
+
+def _pruning_text(spec: StudySpec) -> str:
+    if not spec.rungs:
+        return "none"
+    rungs = ", ".join(map(str, spec.rungs))
+    return f"{spec.pruning.rule} the best 1/{spec.pruning.eta} at epochs {rungs}"
+
+
+def failures(snapshot: Snapshot) -> list[str]:
+    """A line for each reason, with the trials and the first one's message."""
+    groups: dict[str, list[TrialRow]] = defaultdict(list)
+    for trial in snapshot.trials:
+        if trial.state == "failed":
+            groups[trial.reason or "error"].append(trial)
+    return [f"{reason}: {_numbers(trials)}: {trials[0].message}" for reason, trials in groups.items()]
+
+
+def _numbers(trials: Sequence[TrialRow]) -> str:
+    shown = ", ".join(str(trial.number) for trial in trials[:MOST_NUMBERS])
+    more = f" and {len(trials) - MOST_NUMBERS} more" if len(trials) > MOST_NUMBERS else ""
+    return f"trial{'s' if len(trials) > 1 else ''} {shown}{more}"
+
+
+def totals(snapshot: Snapshot, seconds: float | None = None) -> str:
+    """One line: trials by state, time, share of epochs."""
+    counts = ", ".join(f"{snapshot.counts[state]} {state}" for state in STATES if snapshot.counts[state])
+    took = f" in {duration(seconds)}" if seconds is not None else ""
+    share = snapshot.epochs_trained / snapshot.epochs_without_pruning
+    promoted = f", {snapshot.promoted} promoted" if snapshot.study.spec.rungs else ""
+    return (
+        f"{len(snapshot.trials)} trials{': ' if counts else ''}{counts}{promoted}{took}; "
+        f"{snapshot.epochs_trained} of {snapshot.epochs_without_pruning} epochs trained ({share:.0%})"
+    )
+
+
+def reproduction(spec: StudySpec, trial: TrialRow, file: str, overrides: Sequence[str] = ()) -> str:
+    """The command that trains this trial alone; `overrides` are those that the study was made with.
+
+    With the number of threads, on which a CPU's results depend.
+    """
+    words = [f"headsearch train {shlex.quote(file)}"]
+    words += [f"--set {shlex.quote(given)}" for given in overrides]
+    words += [*overrides_of(in_order(spec, trial.params)), f"--seed {trial.seed}"]
+    if (trial.device or "").startswith("cpu") and "threads" in trial.facts:
+        words.append(f"--device cpu --threads {trial.facts['threads']}")
+    return " ".join(words)
+
+
+def ending(
+    snapshot: Snapshot, file: str, overrides: Sequence[str] = (), *, seconds: float | None = None
+) -> list[str]:
+    """The last lines of a run: front, totals, failures, and what to do next."""
+    lines = [*front_lines(snapshot), "", totals(snapshot, seconds)]
+    if failed := failures(snapshot):
+        lines += ["failed:", *(f"  {line}" for line in failed)]
+    top = best(snapshot)
+    if top is not None and top.state == "complete":
+        lines += [
+            f"best: trial {top.number}, accuracy {accuracy(top.probe_accuracy)} (validation), "
+            + params_text(in_order(snapshot.study.spec, top.params)),
+            f"train it again: {reproduction(snapshot.study.spec, top, file, overrides)}",
+        ]
+    return [*lines, f"browse: headsearch dashboard {snapshot.study.name}"]
+
+
+def front_lines(snapshot: Snapshot) -> list[str]:
+    """The front as a table with what must be said beside it."""
+    table = front_table(snapshot)
+    body = table.lines() if table.rows else ["no trial is complete yet"]
+    return [*captions(snapshot), "", *body]
+
+
+def ending_json(
+    snapshot: Snapshot, file: str, overrides: Sequence[str] = (), *, seconds: float | None = None
+) -> dict[str, Any]:
+    """The same as plain data."""
+    top = best(snapshot)
+    complete = top is not None and top.state == "complete"
+    return {
+        **front_json(snapshot),
+        "seconds": seconds,
+        "failures": failures(snapshot),
+        "best": trial_json(top) if top and complete else None,
+        "train_best_again": reproduction(snapshot.study.spec, top, file, overrides)
+        if top and complete
+        else None,
+    }
+
+
+def study_json(snapshot: Snapshot) -> dict[str, Any]:
+    """Spec, counts, trials and workers of a study as plain data."""
+    study = snapshot.study
+    return {
+        **identity(study),
+        "created_at": study.created_at.isoformat(),
+        "completed_at": study.completed_at.isoformat() if study.completed_at else None,
+        "spec": study.spec.to_json(),
+        "counts": {state: snapshot.counts[state] for state in STATES},
+        "epochs_trained": snapshot.epochs_trained,
+        "epochs_without_pruning": snapshot.epochs_without_pruning,
+        "promoted": snapshot.promoted,
+        "trials": [trial_json(trial) for trial in snapshot.trials],
+        "workers": [vars(worker) for worker in snapshot.workers],
+    }
+
+
+def listing_json(study: Study, progress: Progress) -> dict[str, Any]:
+    """A study in the list of studies, as plain data."""
+    return {
+        **identity(study),
+        "created_at": study.created_at.isoformat(),
+        "completed_at": study.completed_at.isoformat() if study.completed_at else None,
+        "trials": study.spec.trials,
+        "counts": {state: progress.trials[state] for state in STATES if state != "orphaned"},
+        "epochs_trained": progress.epochs,
+        "best_accuracy": progress.best_accuracy,
+    }
+
+
+def listing(found: Sequence[tuple[Study, Progress]]) -> Table:
+    """Studies as a table."""
+    rows = tuple(
+        (
+            study.name,
+            study.state,
+            f"{sum(done.trials.values())}/{study.spec.trials}",
+            ", ".join(f"{done.trials[state]} {state}" for state in STATES if done.trials[state]),
+            accuracy(done.best_accuracy),
+            f"{study.created_at:%Y-%m-%d %H:%M}",
+        )
+        for study, done in found
+    )
+    return Table(("study", "state", "trials", "by state", "best validation", "created"), rows)
+
+
+def worker_lines(snapshot: Snapshot) -> list[str]:
+    """A line for each worker that has not ended, and how long it has been silent."""
+    late = snapshot.study.spec.lease.seconds
+    return [
+        f"worker {worker.worker_id} on {worker.device}, last heard {duration(worker.seconds_silent)} ago"
+        + (" (lost)" if worker.seconds_silent > late else "")
+        for worker in snapshot.workers
+    ]

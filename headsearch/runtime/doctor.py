@@ -1,0 +1,145 @@
+"""What this machine has for headsearch, and what to do about what is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from headsearch import __version__
+from headsearch.errors import HeadsearchError
+from headsearch.home import home_folder
+from headsearch.runtime.database import check, given_url, redact
+from headsearch.runtime.launcher import cores, default_workers, gpus
+
+GIB = 1 << 30
+LITTLE_DISK = 5 * GIB
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. Only `broken` keeps headsearch from working."""
+
+    name: str
+    state: Literal["ok", "note", "broken"]
+    text: str
+    remedy: str | None = None
+
+
+def examine() -> list[Finding]:
+    """Look at everything; a look that fails is itself a finding."""
+    looks: tuple[Callable[[], Iterator[Finding]], ...] = (
+        _versions,
+        _devices,
+        _home,
+        _database,
+        _data,
+        _pictures,
+    )
+    findings: list[Finding] = []
+    for look in looks:
+        name = look.__name__.strip("_")
+        try:
+            findings += look()
+        except HeadsearchError as error:
+            findings.append(Finding(name, "broken", str(error)))
+        except Exception as error:  # noqa: BLE001  a broken installation raises anything
+            line = (str(error).strip().splitlines() or [""])[0]
+            findings.append(
+                Finding(name, "broken", f"{type(error).__name__}: {line}", "install headsearch again")
+            )
+    return findings
+
+
+def _versions() -> Iterator[Finding]:
+    yield Finding("headsearch", "ok", f"{__version__}, Python {platform.python_version()} ({sys.executable})")
+    names = ("optuna", "optuna-dashboard", "sqlalchemy", "psycopg2-binary", "pydantic", "plotly")
+    found = [f"{name} {importlib.metadata.version(name)}" for name in names]
+    yield Finding("packages", "ok", ", ".join(found))
+
+
+def _devices() -> Iterator[Finding]:
+    from headsearch.core.hardware import hardware  # loads torch
+
+    found = hardware()
+    built = f"CUDA {found.cuda}" if found.cuda else "CPU only"
+    yield Finding("torch", "ok", f"{found.torch} ({built}), torchvision {found.torchvision}")
+    for device in found.devices:
+        memory = f", {device.memory_bytes / GIB:.0f} GiB" if device.memory_bytes else ""
+        bf16 = "bf16" if device.precision == "bf16" else "fp32 (no fast native bf16)"
+        yield Finding(device.name, "ok", f"{device.model}{memory}; precision auto = {bf16}")
+    yield Finding(
+        "threads",
+        "ok",
+        f"{found.threads} torch threads, {cores()} cores; headsearch run starts {default_workers()} workers",
+    )
+    if len(found.devices) == 1 and (listed := gpus()):
+        yield Finding(
+            "cuda",
+            "note",
+            f"nvidia-smi lists {len(listed)} GPUs that torch {found.torch} cannot use",
+            "install a torch built for your driver's CUDA: https://pytorch.org/get-started",
+        )
+    elif len(found.devices) == 1:
+        yield Finding("cuda", "note", "no GPU: training runs on the CPU", "use small-resnet and small images")
+
+
+def _home() -> Iterator[Finding]:
+    home = home_folder()
+    free = shutil.disk_usage(home).free
+    text = f"{home}, {free / GIB:.1f} GiB free"
+    if free < LITTLE_DISK:
+        yield Finding("home", "note", text, "set HEADSEARCH_HOME to a folder on a larger disk")
+    else:
+        yield Finding("home", "ok", text)
+
+
+def _database() -> Iterator[Finding]:
+    url = given_url()
+    if url:
+        check(url)
+        yield Finding("database", "ok", f"{redact(url)} answers")
+        return
+    from headsearch.runtime.pgbinaries import find_folder  # needs a POSIX system
+    from headsearch.runtime.postgres import EmbeddedServer
+
+    folder = find_folder()
+    status = EmbeddedServer(home_folder() / "postgres").status()
+    state = f"running on port {status.port}" if status.ready else "starts by itself when needed"
+    yield Finding("database", "ok", f"embedded PostgreSQL ({folder}), {state}; data in {status.data_dir}")
+
+
+def _data() -> Iterator[Finding]:
+    home = home_folder()
+    facts = sorted((home / "cache" / "images").glob("*/facts.json"))
+    images = sum(int(json.loads(path.read_text())["total"]) for path in facts)
+    kept = sorted(path.name for path in (home / "data").glob("*") if path.is_dir()) if home.exists() else []
+    fetched = f"; downloaded: {', '.join(kept)}" if kept else ""
+    yield Finding("data", "ok", f"{len(facts)} decoded data sets in the cache, {images:,} images{fetched}")
+    root = os.environ.get("HEADSEARCH_DATA")
+    if root and not Path(root).is_dir():
+        yield Finding(
+            "data", "note", f"HEADSEARCH_DATA={root} is not a folder", "point it to your data, or unset it"
+        )
+
+
+def _pictures() -> Iterator[Finding]:
+    yield Finding("figures", "ok", ".html always")
+    browsers = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+    browser = os.environ.get("BROWSER_PATH") or next(filter(None, map(shutil.which, browsers)), None)
+    missing = [
+        what
+        for what, there in (("kaleido", importlib.util.find_spec("kaleido")), ("Chrome or Chromium", browser))
+        if not there
+    ]
+    if missing:
+        text = f".png and .svg need {' and '.join(missing)}"
+        yield Finding("figures", "note", text, "pip install kaleido, and a browser; or use .html")

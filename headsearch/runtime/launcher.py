@@ -1,0 +1,138 @@
+"""Workers as processes on this machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from headsearch.home import logs_folder, make_folder
+
+RESTARTS = 3
+"""Times that a worker which died is started again, in a row over all workers of a launch."""
+STOP_SECONDS = 120.0
+"""For workers to finish their epoch after they were asked to stop."""
+
+
+@dataclass(frozen=True)
+class ExitedWorker:
+    """A worker process that ended."""
+
+    index: int
+    returncode: int
+    """Negative: the signal that killed it."""
+    log: Path
+    restarted: bool
+
+
+def gpus() -> list[str]:
+    """Names of the CUDA devices that ``nvidia-smi`` lists, without starting CUDA."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    listed = subprocess.run([program, "-L"], capture_output=True, text=True, check=False, timeout=60)
+    return [line for line in listed.stdout.splitlines() if line.startswith("GPU ")]
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_workers(device: str = "auto") -> int:
+    """One per GPU; without any, one per two cores but at least two where there are two cores.
+
+    Two single-threaded workers on two cores train more trials an hour than one with two threads.
+    """
+    if device != "cpu" and (found := gpus()):
+        return len(found)
+    return max(min(2, cores()), cores() // 2)
+
+
+class LocalWorkers:
+    """Starts workers of a study, restarts those that die, stops them when the block ends.
+
+    Each has a session of its own, so that Ctrl-C in the terminal reaches them only through us, and
+    leaves by itself when this process is gone. CPU cores are shared out evenly; GPUs in turn.
+    """
+
+    def __init__(
+        self, study: str, workers: int, *, device: str = "auto", threads: int | None = None, home: Path
+    ) -> None:
+        self._study, self._count, self._device = study, workers, device
+        self._threads = threads or max(1, cores() // workers)
+        self._logs = make_folder(logs_folder(home) / study)
+        self._gpus = len(gpus()) if device == "auto" else 0
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._restarts = 0
+
+    def __enter__(self) -> Self:
+        try:
+            for index in range(self._count):
+                self._start(index)
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def alive(self) -> int:
+        """Workers that run."""
+        return sum(process.poll() is None for process in self._processes.values())
+
+    def log(self, index: int) -> Path:
+        """Where worker `index` writes its lines."""
+        return self._logs / f"worker-{index}.log"
+
+    def poll(self) -> list[ExitedWorker]:
+        """Workers that ended since the last call. One that died is started again, a few times in all."""
+        exited = []
+        for index, process in list(self._processes.items()):
+            code = process.poll()
+            if code is None:
+                continue
+            del self._processes[index]
+            again = code != 0 and self._restarts < RESTARTS * self._count
+            if again:
+                self._restarts += 1
+                self._start(index)
+            exited.append(ExitedWorker(index, code, self.log(index), again))
+        return exited
+
+    def stop(self, seconds: float = STOP_SECONDS) -> None:
+        """Ask all workers to finish their epoch and leave; kill those that do not in time."""
+        running = [process for process in self._processes.values() if process.poll() is None]
+        for process in running:
+            process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + seconds
+        for process in running:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def _start(self, index: int) -> None:
+        device = f"cuda:{index % self._gpus}" if self._gpus else self._device
+        command = [sys.executable, "-m", "headsearch", "worker", "--study", self._study]
+        command += ["--device", device, "--threads", str(self._threads), "--parent", str(os.getpid())]
+        # Torch reads these once, at import.
+        environment = os.environ | {"OMP_NUM_THREADS": str(self._threads)}
+        with self.log(index).open("ab") as log:
+            self._processes[index] = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )

@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import hashlib
+import logging
+import multiprocessing
+import os
+import pickle
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from headsearch.core.checkpoint import DIGEST_BYTES, MAGIC, CheckpointFolder
+from headsearch.errors import StorageError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> CheckpointFolder:
+    return CheckpointFolder(tmp_path / "study" / "7")
+
+
+def files(folder: CheckpointFolder) -> list[Path]:
+    return sorted(folder.path.iterdir())
+
+
+def state(epoch: int) -> dict[str, Any]:
+    return {"epoch": epoch, "weights": torch.full((50,), float(epoch)), "reports": [{"loss": 0.1}]}
+
+
+def test_nothing_saved_is_nothing_loaded(folder: CheckpointFolder) -> None:
+    assert folder.load() is None
+
+
+def test_newest_state_comes_back_and_two_are_kept(folder: CheckpointFolder) -> None:
+    for epoch in range(1, 5):
+        folder.save(state(epoch))
+    loaded = folder.load()
+    assert loaded is not None
+    assert loaded["epoch"] == 4
+    assert torch.equal(loaded["weights"], torch.full((50,), 4.0))
+    assert loaded["reports"] == [{"loss": 0.1}]
+    assert len(files(folder)) == 2
+
+
+def damage_first_byte(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+
+
+def flip_last_byte(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def flip_middle_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 128
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+DAMAGES = [damage_first_byte, flip_last_byte, flip_middle_byte, truncate, empty]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_newest_falls_back_to_the_one_before(
+    folder: CheckpointFolder, damage: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder.save(state(1))
+    folder.save(state(2))
+    damage(files(folder)[-1])
+    with caplog.at_level(logging.WARNING):
+        loaded = folder.load()
+    assert loaded is not None
+    assert loaded["epoch"] == 1
+    assert files(folder)[-1].name in caplog.text
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_both_damaged_is_nothing(folder: CheckpointFolder, damage: Any) -> None:
+    folder.save(state(1))
+    folder.save(state(2))
+    for path in files(folder):
+        damage(path)
+    assert folder.load() is None
+
+
+def test_saving_goes_on_after_damage(folder: CheckpointFolder) -> None:
+    folder.save(state(1))
+    folder.save(state(2))
+    truncate(files(folder)[-1])
+    folder.save(state(3))
+    loaded = folder.load()
+    assert loaded is not None
+    assert loaded["epoch"] == 3
+
+
+class Trap:
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, ("trap",)
+
+
+def test_code_in_a_file_is_not_run(
+    folder: CheckpointFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder.save(state(1))
+    content = pickle.dumps(Trap(), protocol=2)
+    digest = hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
+    (folder.path / "000002.checkpoint").write_bytes(MAGIC + digest + content)
+    loaded = folder.load()
+    assert not (tmp_path / "trap").exists()
+    assert loaded is not None
+    assert loaded["epoch"] == 1
+
+
+def test_half_written_file_is_ignored_and_swept(folder: CheckpointFolder) -> None:
+    folder.save(state(1))
+    (folder.path / ".123-abc.partial").write_bytes(MAGIC)
+    loaded = folder.load()
+    assert loaded is not None
+    assert loaded["epoch"] == 1
+    assert len(files(folder)) == 1
+
+
+def save_for_ever(path: Path) -> None:
+    folder = CheckpointFolder(path)
+    for epoch in range(1, 1_000_000):
+        folder.save({"epoch": epoch, "weights": torch.full((20_000,), float(epoch))})
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_state(folder: CheckpointFolder) -> None:
+    writer = multiprocessing.get_context("spawn").Process(target=save_for_ever, args=(folder.path,))
+    writer.start()
+    while len(list(folder.path.glob("*.checkpoint"))) < 2:
+        time.sleep(0.01)
+    time.sleep(random.random() / 20)
+    assert writer.pid
+    os.kill(writer.pid, signal.SIGKILL)
+    writer.join()
+    loaded = folder.load()
+    assert loaded is not None
+    assert torch.equal(loaded["weights"], torch.full((20_000,), float(loaded["epoch"])))
+
+
+def test_removed_folder_is_gone_and_removing_twice_is_fine(folder: CheckpointFolder) -> None:
+    folder.save(state(1))
+    folder.remove()
+    folder.remove()
+    assert not folder.path.exists()
+    assert folder.load() is None
+
+
+def test_folder_that_cannot_be_made_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot be written"):
+        CheckpointFolder(tmp_path / "file" / "inside").save(state(1))
+
+
+def test_failed_write_leaves_the_last_state_and_no_rubbish(
+    folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder.save(state(1))
+
+    def full(_descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match="No space left on device"):
+        folder.save(state(2))
+    monkeypatch.undo()
+    assert len(files(folder)) == 1
+    loaded = folder.load()
+    assert loaded is not None
+    assert loaded["epoch"] == 1

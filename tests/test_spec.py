@@ -1,0 +1,179 @@
+"""Study specs and files: what is accepted, what is refused and how, hashes, overrides."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+
+import pytest
+
+from headsearch.config import AutoencoderHead, LinearHead, MlpHead, TrialConfig
+from headsearch.errors import SpecError
+from headsearch.spec import StudySpec, differences
+from headsearch.study_file import load_study, one_point, parse_study
+
+TEXT = """
+name = "small"
+
+[budget]
+trials = 8
+epochs = 9
+rungs = [1, 3]
+
+[base]
+data.name = "digits"
+optimizer.learning_rate = 0.1
+
+[space]
+head.kind = ["mlp", "autoencoder", "linear"]
+head.width = { low = 16, high = 256, log = true, when = { "head.kind" = "mlp" } }
+head.projection_dim = [2, 4, 8, 16]
+head.frozen = { choices = [true, false], when = { head.kind = "autoencoder" } }
+data.normalization = ["none", "zscore"]
+"""
+
+
+def spec_of(text: str = TEXT) -> StudySpec:
+    return parse_study(tomllib.loads(text), source="study.toml")
+
+
+def test_a_point_becomes_a_trial_config():
+    config = spec_of().trial_config({"head.kind": "autoencoder", "head.frozen": False, "head.projection_dim": 4}, 3)
+    assert config.head == AutoencoderHead(frozen=False, projection_dim=4)
+    assert (config.seed, config.training.epochs, config.optimizer.learning_rate) == (3, 9, 0.1)
+
+
+def test_dotted_keys_mean_the_same_with_and_without_quotes():
+    quoted = TEXT.replace("head.kind =", '"head.kind" =').replace("head.width =", '"head.width" =')
+    assert spec_of(quoted).hash == spec_of().hash
+
+
+def test_the_hash_survives_the_database_and_names_every_change():
+    spec = spec_of()
+    stored = StudySpec.model_validate(json.loads(json.dumps(spec.to_json())))
+    assert stored == spec
+    assert stored.hash == spec.hash
+    assert list(stored.space) == list(spec.space)
+    other = spec_of(TEXT.replace("trials = 8", "trials = 12").replace("[2, 4, 8, 16]", "[2, 4, 8]"))
+    assert other.hash != spec.hash
+    assert differences(spec, other) == [
+        "budget.trials: 8 -> 12",
+        "space.head.projection_dim.choices: [2, 4, 8, 16] -> [2, 4, 8]",
+    ]
+
+
+def test_a_grid_counts_its_cells_and_trains_every_point_before_the_next_seed():
+    grid = spec_of(
+        'name = "g"\nmode = "grid"\nseeds = [0, 1]\n[budget]\nepochs = 2\n[space]\nhead.kind = ["mlp", "linear"]\n'
+        'head.width = { choices = [8, 16], when = { head.kind = "mlp" } }\n'
+    )
+    assert grid.trials == 6
+    assert [seed for _, seed in grid.cells()] == [0, 0, 0, 1, 1, 1]
+    assert [point["head.kind"] for point, _ in grid.cells()[:3]] == ["mlp", "mlp", "linear"]
+
+
+def test_points_are_a_study_too():
+    listed = spec_of(
+        'name = "p"\nmode = "points"\n[budget]\nepochs = 2\n[[points]]\nhead.kind = "none"\n'
+        '[[points]]\nhead.kind = "mlp"\nhead.width = 8\n'
+    )
+    assert listed.trials == 2
+    assert isinstance(listed.trial_config(listed.cells()[1][0], 0).head, MlpHead)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("trials = 8", "trials = 0", "budget.trials: 0"),
+        ("trials = 8", "trails = 8", "budget.trails: unknown key; budget takes epochs, rungs, trials; did you mean trials?"),
+        ("[budget]", "[bugdet]", "did you mean budget"),
+        ("rungs = [1, 3]", "rungs = [1, 9]", "budget.rungs: 9 is not below budget.epochs = 9"),
+        ("rungs = [1, 3]", "rungs = [3, 1]", "budget.rungs: [3, 1] must rise"),
+        ('name = "small"', 'name = "Small Study"', "name: 'Small Study'"),
+        ('name = "small"', 'name = "small"\nseeds = [1, 1]', "seeds: [1, 1] must all differ"),
+        ('name = "small"', 'name = "small"\nseeds = [1, 2, 3]', "budget.trials: 8 is not a multiple of the 3 seeds"),
+        ('name = "small"', 'name = "small"\nobjectives = ["projection_dim"]', "objectives: each once"),
+        ('name = "small"', 'name = "small"\nobjectives = ["accuracy"]', "objectives.0: 'accuracy' is not one of"),
+        ('name = "small"', 'name = "small"\nmode = "sweep"', "mode: 'sweep' is not one of"),
+        ('name = "small"', 'name = "small"\nprotocol = "cheat"', "protocol: 'cheat' is not one of"),
+        ('"mlp", "autoencoder"', '"mlp", "autoencodr"', "head.kind: 'autoencodr' is not one of"),
+        ("low = 16, high = 256", "low = 300, high = 256", "space.head.width.low: 300 is not below high"),
+        ("low = 16, high = 256", "low = 16", "space.head.width.high: missing"),
+        ('{ "head.kind" = "mlp" }', '{ "head.kid" = "mlp" }', "space.head.width.when: head.kid is not a parameter"),
+        (', when = { "head.kind" = "mlp" }', "", "head.width: head kind 'autoencoder' has no such field"),
+        ("[2, 4, 8, 16]", "[0, 4, 8, 16]", "head.projection_dim: 0"),
+        ("[2, 4, 8, 16]", "{ step = 2 }", "space.head.projection_dim: give choices, low and high, or value"),
+        ("head.projection_dim", "head.projecton_dim", "did you mean projection_dim?"),
+        ("data.normalization = ", "encoder = ", "space.encoder: names a table"),
+        ("data.normalization", "data.limit", "space.data.limit: trials of a study must be measured alike"),
+        ("data.normalization = ", "seed = ", "seed: not here; seeds sets it"),
+        ("data.normalization = ", "data.name = ", "space.data.name"),
+        ('data.name = "digits"', 'data.name = "digit"', "data.name: 'digit' is not one of"),
+        ('data.name = "digits"', 'data.name = "folder"', "data.root: name the folder"),
+        ('data.name = "digits"', "training.epochs = 3", "training.epochs: not here; budget.epochs sets it"),
+        ('data.name = "digits"', 'data.normalization = "none"', "space.data.normalization: also set under base"),
+        ("learning_rate = 0.1", "learning_rate = -0.1", "optimizer.learning_rate: -0.1"),
+        ("learning_rate = 0.1", "warmup_epochs = 9", "optimizer.warmup_epochs: 9 is not below the 9 epochs"),
+        ("learning_rate = 0.1", "learning_rat = 0.1", "did you mean learning_rate?"),
+    ],
+)
+def test_what_a_study_refuses_in_one_line_that_names_the_field(old, new, says):
+    assert TEXT.count(old) >= 1
+    with pytest.raises(SpecError) as caught:
+        spec_of(TEXT.replace(old, new, 1))
+    message = str(caught.value)
+    assert says in message
+    assert "\n" not in message
+    assert message.startswith("study.toml: ")
+
+
+def test_a_search_larger_than_its_space_is_refused():
+    small = TEXT.replace("head.width = { low", "# head.width = { low").replace("trials = 8", "trials = 40")
+    with pytest.raises(SpecError, match="the space has 32 points and 1 seeds; at most 32"):
+        spec_of(small)
+
+
+def test_overrides_reach_study_base_and_space(tmp_path):
+    path = tmp_path / "s.toml"
+    path.write_text(TEXT)
+    spec = load_study(path, ["budget.trials=4", "data.limit=100", "head.kind=linear", "encoder.width=8"])
+    assert spec.trials == 4
+    configs = [spec.trial_config(point, 0) for point in ({"head.kind": "linear", "head.projection_dim": 2},)]
+    assert configs[0].data.limit == 100
+    assert configs[0].encoder.width == 8
+    assert spec.space["head.kind"].values == ("linear",)
+    for wrong, says in [("budget", "dotted.path=value"), ("bugdet.trials=3", "did you mean budget")]:
+        with pytest.raises(SpecError, match=says):
+            load_study(path, [wrong])
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(b"", "empty"), (b"name = ", "not a TOML file"), (b"\xff\xfe", "not UTF-8"), (None, "no such study file")],
+)
+def test_files_that_are_not_studies(tmp_path, content, says):
+    path = tmp_path / "s.toml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SpecError, match=says):
+        load_study(path)
+    with pytest.raises(SpecError, match="a folder, not a study file"):
+        load_study(tmp_path)
+
+
+def test_one_point_follows_its_overrides():
+    spec = spec_of()
+    assert one_point(spec).head == MlpHead(width=16, projection_dim=2)
+    config = one_point(spec, ["head.kind=linear", "head.projection_dim=8", "training.epochs=0"], seed=5)
+    assert config.head == LinearHead(projection_dim=8)
+    assert (config.seed, config.training.epochs) == (5, 0)
+    with pytest.raises(SpecError, match="no such field"):
+        one_point(spec, ["head.kind=linear", "head.width=8"])
+
+
+def test_the_schema_documents_every_field():
+    for model in (StudySpec, TrialConfig):
+        schema = model.model_json_schema()
+        for definition in (schema, *schema["$defs"].values()):
+            for name, field in definition.get("properties", {}).items():
+                assert field.get("description"), f"{definition.get('title')}.{name}"
