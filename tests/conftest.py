@@ -5,6 +5,7 @@ Each process of pytest-xdist has a server of its own, so that tests never meet i
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -138,11 +139,21 @@ class PostgresServer:
         return port, password
 
 
+def _remove_leftovers() -> None:
+    """Stop and delete the shared servers of test runs that were killed."""
+    parent = memory_folder() or Path(tempfile.gettempdir())
+    for users_lock in parent.glob("headsearch-tests-*/postgres/users.lock"):
+        with contextlib.suppress(HeadsearchError):  # in use, or another user's
+            EmbeddedServer(users_lock.parent).stop()
+            shutil.rmtree(users_lock.parents[1], ignore_errors=True)
+
+
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[PostgresServer]:
     reason = missing_for("postgres")
     if reason:
         pytest.skip(reason)
+    _remove_leftovers()
     with open_folder("headsearch-tests-") as home:
         server = EmbeddedServer(home / "postgres")
         with server.attach():

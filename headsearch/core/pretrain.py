@@ -112,7 +112,7 @@ def pretrain(
 
     identity = identify(config, images)
     state = checkpoints.load() if checkpoints else None
-    if state and state["identity"] != identity:
+    if state and state.get("identity") != identity:
         logger.warning("checkpoint of another config or image set ignored; training starts at epoch 1")
         state = None
     reports: list[EpochReport] = []
@@ -131,7 +131,9 @@ def pretrain(
                 config, epoch, train.images, views, encoder, head, optimizer, precision, warm=warm
             )
             warm = True
-            accuracy, ranks = measure(config, epoch, probed, views, encoder, head, precision)
+            accuracy, ranks = measure(
+                config, epoch, probed, len(images.classes), views, encoder, head, precision
+            )
             spent = reports[-1].train_seconds if reports else 0.0
             seconds = spent + time.perf_counter() - started
         reports.append(EpochReport(epoch, loss, accuracy, *ranks, speed, seconds))
@@ -221,6 +223,7 @@ def measure(
     config: TrialConfig,
     epoch: int,
     probed: tuple[Split, Split],
+    classes: int,
     views: Views,
     encoder: nn.Module,
     head: nn.Module,
@@ -242,7 +245,7 @@ def measure(
     probe = fit_probe(
         train_features,
         train.labels,
-        int(max(train.labels.max(), validation.labels.max())) + 1,
+        classes,
         penalty=config.probe.report_penalty,
         iterations=config.probe.report_iterations,
     )

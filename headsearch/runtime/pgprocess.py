@@ -34,10 +34,9 @@ def read_postmaster(data_dir: Path) -> Postmaster | None:
         return None
     pid = int(lines[0])
     try:
-        process = psutil.Process(pid)
-        if process.status() == psutil.STATUS_ZOMBIE or str(data_dir) not in process.cmdline():
+        if str(data_dir) not in psutil.Process(pid).cmdline():
             return None
-    except (psutil.NoSuchProcess, psutil.AccessDenied):
+    except (psutil.NoSuchProcess, psutil.AccessDenied):  # a zombie counts as no such process
         return None
     return Postmaster(pid, int(lines[3]), ready=len(lines) > 7 and lines[7] == "ready")
 

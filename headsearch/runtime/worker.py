@@ -32,6 +32,7 @@ from headsearch.errors import HeadsearchError, InputError, LeaseLost, TrialFailu
 from headsearch.home import checkpoint_folder
 from headsearch.runtime.keeper import LeaseKeeper
 from headsearch.runtime.patience import patiently
+from headsearch.runtime.removal import forget_checkpoints
 from headsearch.runtime.session import Session, open_session
 from headsearch.runtime.signals import drain_on_signal
 from headsearch.search import leases, outcomes, studies, workers
@@ -136,6 +137,8 @@ class _Worker:
                 lambda: claim(self.session.database, self.study, self.worker_id, self.label)
             )
             if work is Idle.DONE:
+                # Trials pruned at the end were told by whoever came last, wherever they had trained.
+                forget_checkpoints(self.session.home, self.study.name)
                 self.say(f"study {self.study.name} is complete")
                 break
             if isinstance(work, Idle):

