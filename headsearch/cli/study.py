@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from headsearch.cli.options import Json, Name, NoCheck, Overrides, StudyFile, emit, emit_lines, note
+
+KEPT = 1
 
 app = typer.Typer(help="Make, list, show and delete studies.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -117,6 +120,7 @@ def delete(
     force: Annotated[bool, typer.Option("--force", help="Also while workers train its trials.")] = False,
 ) -> None:
     """Delete a study with its trials, curves and checkpoints."""
+    from headsearch.errors import InputError
     from headsearch.runtime.bundled import study_name
     from headsearch.runtime.removal import delete_study
     from headsearch.runtime.session import open_session
@@ -125,9 +129,13 @@ def delete(
 
     wanted = study_name(name)
     with open_session() as session:
+        if not (yes or sys.stdin.isatty()):
+            raise InputError("--yes: needed where nobody can be asked")
         if not yes:
             trials = sum(progress(session.database, get(session.database, wanted)).trials.values())
-            typer.confirm(f"Delete study {wanted} with {trials} trials?", abort=True)
+            if not typer.confirm(f"Delete study {wanted} with {trials} trials?"):
+                emit_lines(["nothing deleted"])
+                raise typer.Exit(KEPT)
         delete_study(session, wanted, force=force)
     emit_lines([f"study {wanted} deleted"])
 

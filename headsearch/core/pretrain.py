@@ -39,8 +39,9 @@ __all__ = ["EpochReport", "HeadFacts", "Pretrained", "describe_head", "pretrain"
 
 logger = logging.getLogger(__name__)
 
-COLLAPSED_RANK: Final = 1.001
-"""Projections of a smaller effective rank point in one direction up to rounding."""
+COLLAPSED_RANK: Final = 1 + 1e-5
+"""Projections of a smaller effective rank point in one direction up to rounding. No larger: ranks are not
+centred, and a sigmoid head with two outputs is at 1.002 after its first epoch, and learns."""
 CPU: Final = torch.device("cpu")
 
 

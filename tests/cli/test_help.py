@@ -9,7 +9,18 @@ import pytest
 from headsearch import __version__
 from headsearch.cli.app import run
 
-HEAVY = ("torch", "torchvision", "optuna", "sqlalchemy", "pydantic", "rich", "plotly", "sklearn", "numpy", "psycopg2")
+HEAVY = (
+    "torch",
+    "torchvision",
+    "optuna",
+    "sqlalchemy",
+    "pydantic",
+    "rich",
+    "plotly",
+    "sklearn",
+    "numpy",
+    "psycopg2",
+)
 LOADED = "import sys; from headsearch.cli.app import run; code = run(sys.argv[1:]); print(*sys.modules); sys.exit(code)"
 COMMANDS = [
     [], ["run"], ["worker"], ["train"], ["dashboard"], ["doctor"],
@@ -20,7 +31,11 @@ COMMANDS = [
 
 def test_help_loads_nothing_heavy(subprocess_env: dict[str, str]) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", LOADED, "--help"], env=subprocess_env, capture_output=True, text=True, check=True
+        [sys.executable, "-c", LOADED, "--help"],
+        env=subprocess_env,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     loaded = set(done.stdout.splitlines()[-1].split())
     assert "typer" in loaded
@@ -32,7 +47,11 @@ def test_help_is_fast(subprocess_env: dict[str, str]) -> None:
     for _ in range(7):
         began = time.perf_counter()
         done = subprocess.run(
-            [sys.executable, "-m", "headsearch", "--help"], env=subprocess_env, capture_output=True, text=True, check=True
+            [sys.executable, "-m", "headsearch", "--help"],
+            env=subprocess_env,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         times.append(time.perf_counter() - began)
         assert "Usage: headsearch" in done.stdout

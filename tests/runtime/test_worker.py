@@ -192,7 +192,7 @@ def test_workers_leave_when_their_launcher_is_killed(world):
 
 
 def test_a_failing_trial_is_told_with_its_reason_and_the_worker_goes_on(world):
-    base = TINY["base"] | {"optimizer": {"learning_rate": 1e4, "name": "adamw"}}
+    base = TINY["base"] | {"optimizer": {"learning_rate": 1e4, "momentum": 0.99, "weight_decay": 1e4}}
     make(world, base=base, budget={"trials": 2, "epochs": 4})
     work()
     seen = read(world)

@@ -1,0 +1,221 @@
+"""Studies run for real: processes, database, training."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+
+pytestmark = [pytest.mark.postgres, pytest.mark.slow]
+
+STUDY = """
+name = "tiny"
+[budget]
+trials = 4
+epochs = 3
+rungs = [1]
+[base]
+data = { name = "digits", limit = 200 }
+encoder.width = 4
+training = { batch_size = 64, precision = "fp32" }
+probe = { report_images = 200, report_iterations = 5, iterations = 20, penalties = [1e-2] }
+[space]
+"head.kind" = ["linear"]
+"head.projection_dim" = [2, 4, 8, 16]
+"""
+
+
+class World:
+    """Commands on one home folder and one database."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        self.folder, self.environment = folder, environment
+        self.study = folder / "tiny.toml"
+        self.study.write_text(STUDY)
+
+    def start(self, *words: str, stdout: int | IO[Any] = subprocess.PIPE) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "headsearch", *words],
+            env=self.environment, cwd=self.folder, stdout=stdout, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def end(self, process: subprocess.Popen[str], code: int = 0) -> str:
+        out, errors = process.communicate(timeout=240)
+        assert process.returncode == code, (out, errors)
+        assert errors == ""
+        return out or ""
+
+    def command(self, *words: str, code: int = 0) -> str:
+        return self.end(self.start(*words), code)
+
+
+@pytest.fixture
+def world(tmp_path: Path, database_url: str, subprocess_env: dict[str, str]) -> World:
+    extra = {"HEADSEARCH_DATABASE_URL": database_url, "OMP_NUM_THREADS": "1"}
+    return World(tmp_path, subprocess_env | extra)
+
+
+def test_a_run_ends_with_a_front_and_can_be_repeated_and_reproduced(world: World) -> None:
+    out = world.command("run", "tiny.toml", "--workers", "2", "--device", "cpu", "--threads", "1")
+    lines = out.splitlines()
+    assert sum(" began: " in line for line in lines) == 4
+    assert any("epoch 1/3: accuracy" in line for line in lines)
+    assert "\x1b" not in out
+    again = world.command("run", "tiny.toml")
+    assert again.startswith("study tiny is complete: nothing to train\n")
+    assert [line for line in again.splitlines() if line.startswith("4 trials: ")]
+    shown = json.loads(world.command("study", "show", "tiny", "--json"))
+    assert shown["state"] == "complete"
+    assert sum(shown["counts"].values()) == 4
+    assert shown["workers"] == []
+
+    (command,) = [line.split(": ", 1)[1] for line in lines if line.startswith("train it again: ")]
+    point = json.loads(world.command(*shlex.split(command)[1:], "--json"))
+    best = max((t for t in shown["trials"] if t["state"] == "complete"), key=lambda t: t["probe_accuracy"])
+    # The same trial without a database, in another process, gives the same numbers.
+    assert point["validation_accuracy"] == best["probe_accuracy"]
+    assert point["test_accuracy"] == best["test_accuracy"]
+    assert point["reports"][-1]["loss"] == best["loss"]
+    assert point["config"]["head"]["projection_dim"] == best["projection_dim"]
+
+
+def test_a_signal_drains_and_the_same_command_goes_on(world: World) -> None:
+    process = world.start("run", "tiny.toml", "--workers", "1", "--device", "cpu", "--set", "budget.epochs=12")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "epoch 1/12" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    out = world.end(process, code=130)
+    assert "finishing this epoch" in out
+    assert "interrupted: the same command goes on from here" in out
+    shown = json.loads(world.command("study", "show", "tiny", "--json"))
+    assert shown["counts"]["running"] == 0
+    epochs = shown["epochs_trained"]
+    assert epochs >= 1
+
+    out = world.command("run", "tiny.toml", "--workers", "1", "--device", "cpu", "--set", "budget.epochs=12")
+    assert "resumed: " in out
+    shown = json.loads(world.command("study", "show", "tiny", "--json"))
+    assert shown["state"] == "complete"
+    assert shown["epochs_trained"] > epochs
+    assert sum(shown["counts"].values()) == 4
+
+
+def test_json_has_standard_output_for_itself(world: World) -> None:
+    process = world.start("run", "tiny.toml", "--workers", "1", "--device", "cpu", "--json")
+    out, errors = process.communicate(timeout=240)
+    assert process.returncode == 0
+    data = json.loads(out)
+    assert (data["study"], data["state"]) == ("tiny", "complete")
+    assert data["front"]
+    assert data["best"]["number"] in [number for point in data["front"] for number in point["trials"]]
+    assert "trial 0 began" in errors
+
+
+def test_a_terminal_gets_a_table(world: World) -> None:
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "w") as terminal:
+        process = world.start("run", "tiny.toml", "--workers", "1", "--device", "cpu", stdout=terminal)
+    seen = b""
+    while True:
+        try:
+            chunk = os.read(ours, 65536)
+        except OSError:  # the other end is closed
+            break
+        if not chunk:
+            break
+        seen += chunk
+    assert process.wait(timeout=60) == 0
+    assert b"\x1b[" in seen
+    assert b"progress" in seen
+    assert b"train it again: " in seen
+    assert b" began: " not in seen
+
+
+def test_failed_trials_are_told_and_make_the_exit_code_1(world: World) -> None:
+    out = world.command(
+        "run", "tiny.toml", "--workers", "1", "--device", "cpu", "--set", "optimizer.learning_rate=9999.0",
+        "--set", "optimizer.momentum=0.99", "--set", "optimizer.weight_decay=1000.0", code=1,
+    )  # fmt: skip
+    lines = out.splitlines()
+    (totals,) = [line for line in lines if line.startswith("4 trials: ")]
+    assert "4 failed" in totals
+    assert "failed:" in lines
+    assert [line for line in lines if line.startswith("  non_finite_loss: trials 0, 1, 2, 3: epoch ")]
+
+
+def test_a_worker_that_dies_is_reported_with_its_log_and_replaced(world: World) -> None:
+    process = world.start("run", "tiny.toml", "--workers", "1", "--device", "cpu", "--set", "lease.seconds=1.0")
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if "epoch 1/3" in line:
+            break
+    shown = json.loads(world.command("study", "show", "tiny", "--json"))
+    os.kill(shown["workers"][0]["pid"], signal.SIGKILL)
+    out = world.end(process)
+    (died,) = [line for line in out.splitlines() if line.startswith("worker 0 died")]
+    assert "killed by signal 9), started again" in died
+    assert "worker-0.log" in died
+    assert sum(json.loads(world.command("study", "show", "tiny", "--json"))["counts"].values()) == 4
+
+
+def test_an_untrained_encoder_is_measured_without_a_database(world: World) -> None:
+    del world.environment["HEADSEARCH_DATABASE_URL"]
+    point = json.loads(world.command("train", "tiny.toml", "--set", "training.epochs=0", "--device", "cpu", "--json"))
+    assert point["reports"] == []
+    assert 0.1 < point["validation_accuracy"] <= 1.0
+    out = world.command("train", "tiny.toml", "--set", "head.projection_dim=16", "--seed", "3", "--device", "cpu")
+    assert [line.split(":")[0] for line in out.splitlines()] == [
+        "epoch 1/3", "epoch 2/3", "epoch 3/3", "head linear", "linear probe",
+    ]  # fmt: skip
+    assert "projection dim 16" in out
+    assert not (Path(world.environment["HEADSEARCH_HOME"]) / "postgres").exists()
+
+
+def test_the_dashboard_prints_the_page_of_its_study(world: World) -> None:
+    import urllib.request
+
+    world.command("study", "create", "tiny.toml", "--no-check")
+    process = world.start("dashboard", "tiny", "--port", "0")
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    url = line.split()[2]
+    assert url.startswith("http://127.0.0.1:")
+    assert "/dashboard/studies/" in url
+    with urllib.request.urlopen(url, timeout=60) as answer:
+        assert answer.status == 200
+    process.send_signal(signal.SIGINT)
+    world.end(process)
+
+
+def test_the_embedded_server_is_started_told_and_stopped(world: World) -> None:
+    del world.environment["HEADSEARCH_DATABASE_URL"]
+    assert "not running" in world.command("db", "status")
+    started = json.loads(world.command("db", "start", "--json"))
+    try:
+        assert started["ready"]
+        assert started["kept"]
+        status = json.loads(world.command("db", "status", "--json"))
+        assert status["pid"] == started["pid"]
+        url = world.command("db", "url").strip()
+        assert f":{started['port']}/" in url
+        assert world.command("study", "list") == "no study yet: headsearch run quickstart\n"
+        reader = world.command("db", "url", "--reader").strip()
+        assert "headsearch_reader" in reader
+    finally:
+        assert json.loads(world.command("db", "stop", "--json")) == {"stopped": True}
+    assert world.command("db", "stop") == "it was not running\n"
+    time.sleep(0.1)
+    assert "not running" in world.command("db", "status")
