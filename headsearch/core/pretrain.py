@@ -10,11 +10,10 @@ import json
 import logging
 import math
 import time
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +27,7 @@ from headsearch.core.features import Precision, arithmetic, build_views, extract
 from headsearch.core.heads import HeadFacts, build_head, describe_head, head_facts
 from headsearch.core.images import ImageSet, Split
 from headsearch.core.logistic import fit_probe
+from headsearch.core.memory import memory_checked
 from headsearch.core.objectives import nt_xent
 from headsearch.core.optimizers import build_optimizer, learning_rate
 from headsearch.core.randomness import generator, initialisation
@@ -291,16 +291,3 @@ def wait_for(device: torch.device) -> None:
     """Return once `device` has done what it was told so far."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-@contextmanager
-def memory_checked() -> Iterator[None]:
-    """Turn running out of memory, on either device, into TrialFailure."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        text = str(error)
-        known: Any = (torch.OutOfMemoryError, MemoryError)
-        if not isinstance(error, known) and "can't allocate memory" not in text:
-            raise
-        raise TrialFailure("out_of_memory", f"out of memory: {(text or 'host').splitlines()[0]}") from error

@@ -15,6 +15,10 @@ from typing import IO, Any
 
 import pytest
 
+from headsearch.report.summary import study_json
+from headsearch.runtime.session import open_session
+from headsearch.search.snapshot import read
+
 pytestmark = [pytest.mark.postgres, pytest.mark.slow]
 
 STUDY = """
@@ -54,6 +58,13 @@ class World:
         assert errors == ""
         return out or ""
 
+    def show(self) -> dict[str, Any]:
+        """`study show --json`, without a process."""
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setenv("HEADSEARCH_DATABASE_URL", self.environment["HEADSEARCH_DATABASE_URL"])
+            with open_session() as session:
+                return study_json(read(session.database, "tiny"))
+
     def command(self, *words: str, code: int = 0) -> str:
         return self.end(self.start(*words), code)
 
@@ -73,7 +84,7 @@ def test_a_run_ends_with_a_front_and_can_be_repeated_and_reproduced(world: World
     again = world.command("run", "tiny.toml")
     assert again.startswith("study tiny is complete: nothing to train\n")
     assert [line for line in again.splitlines() if line.startswith("4 trials: ")]
-    shown = json.loads(world.command("study", "show", "tiny", "--json"))
+    shown = world.show()
     assert shown["state"] == "complete"
     assert sum(shown["counts"].values()) == 4
     assert shown["workers"] == []
@@ -98,14 +109,14 @@ def test_a_signal_drains_and_the_same_command_goes_on(world: World) -> None:
     out = world.end(process, code=130)
     assert "finishing this epoch" in out
     assert "interrupted: the same command goes on from here" in out
-    shown = json.loads(world.command("study", "show", "tiny", "--json"))
+    shown = world.show()
     assert shown["counts"]["running"] == 0
     epochs = shown["epochs_trained"]
     assert epochs >= 1
 
     out = world.command("run", "tiny.toml", "--workers", "1", "--device", "cpu", "--set", "budget.epochs=12")
     assert "resumed: " in out
-    shown = json.loads(world.command("study", "show", "tiny", "--json"))
+    shown = world.show()
     assert shown["state"] == "complete"
     assert shown["epochs_trained"] > epochs
     assert sum(shown["counts"].values()) == 4
@@ -135,7 +146,8 @@ def test_a_terminal_gets_a_table(world: World) -> None:
         if not chunk:
             break
         seen += chunk
-    assert process.wait(timeout=60) == 0
+    os.close(ours)
+    world.end(process)
     assert b"\x1b[" in seen
     assert b"progress" in seen
     assert b"train it again: " in seen
@@ -162,13 +174,13 @@ def test_a_worker_that_dies_is_reported_with_its_log_and_replaced(world: World) 
         lines.append(line)
         if "epoch 1/3" in line:
             break
-    shown = json.loads(world.command("study", "show", "tiny", "--json"))
+    shown = world.show()
     os.kill(shown["workers"][0]["pid"], signal.SIGKILL)
     out = world.end(process)
     (died,) = [line for line in out.splitlines() if line.startswith("worker 0 died")]
     assert "killed by signal 9), started again" in died
     assert "worker-0.log" in died
-    assert sum(json.loads(world.command("study", "show", "tiny", "--json"))["counts"].values()) == 4
+    assert sum(world.show()["counts"].values()) == 4
 
 
 def test_an_untrained_encoder_is_measured_without_a_database(world: World) -> None:
