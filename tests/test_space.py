@@ -20,12 +20,18 @@ def make(**parameters):
 
 
 def test_conditions_come_before_what_depends_on_them():
-    space = make(c={"choices": [1, 2], "when": {"b": True}}, b={"choices": [True, False], "when": {"a": "x"}}, a=["x", "y"])
+    space = make(
+        c={"choices": [1, 2], "when": {"b": True}},
+        b={"choices": [True, False], "when": {"a": "x"}},
+        a=["x", "y"],
+    )
     assert list(space) == ["a", "b", "c"]
 
 
 def test_a_condition_on_an_inactive_parameter_does_not_hold():
-    space = make(a=["x", "y"], b={"choices": [True, False], "when": {"a": "x"}}, c={"value": 5, "when": {"b": False}})
+    space = make(
+        a=["x", "y"], b={"choices": [True, False], "when": {"a": "x"}}, c={"value": 5, "when": {"b": False}}
+    )
     assert list(spaces.points(space)) == [
         {"a": "x", "b": True},
         {"a": "x", "b": False, "c": 5},
@@ -49,7 +55,9 @@ def test_integer_ranges_are_counted_and_float_ranges_need_a_step():
 
 
 def test_draw_asks_only_for_active_parameters_in_order():
-    space = make(kind=["mlp", "linear"], width={"low": 8, "high": 64, "log": True, "when": {"kind": "mlp"}}, fixed=3)
+    space = make(
+        kind=["mlp", "linear"], width={"low": 8, "high": 64, "log": True, "when": {"kind": "mlp"}}, fixed=3
+    )
     asked = []
 
     def choose(path, parameter):
@@ -67,7 +75,11 @@ def test_corners_show_every_value_at_every_setting_of_the_controls():
         dim={"choices": [2, 4, 8], "when": {"kind": ["mlp", "linear"]}},
     )
     shown = list(spaces.corners(space))
-    assert {(point["kind"], point.get("width")) for point in shown} >= {("mlp", 8), ("mlp", 64), ("none", None)}
+    assert {(point["kind"], point.get("width")) for point in shown} >= {
+        ("mlp", 8),
+        ("mlp", 64),
+        ("none", None),
+    }
     assert {(point["kind"], point.get("dim")) for point in shown} >= {
         (kind, dim) for kind in ("mlp", "linear") for dim in (2, 4, 8)
     }

@@ -38,7 +38,9 @@ def spec_of(text: str = TEXT) -> StudySpec:
 
 
 def test_a_point_becomes_a_trial_config():
-    config = spec_of().trial_config({"head.kind": "autoencoder", "head.frozen": False, "head.projection_dim": 4}, 3)
+    config = spec_of().trial_config(
+        {"head.kind": "autoencoder", "head.frozen": False, "head.projection_dim": 4}, 3
+    )
     assert config.head == AutoencoderHead(frozen=False, projection_dim=4)
     assert (config.seed, config.training.epochs, config.optimizer.learning_rate) == (3, 9, 0.1)
 
@@ -85,21 +87,37 @@ def test_points_are_a_study_too():
     ("old", "new", "says"),
     [
         ("trials = 8", "trials = 0", "budget.trials: 0"),
-        ("trials = 8", "trails = 8", "budget.trails: unknown key; budget takes epochs, rungs, trials; did you mean trials?"),
+        (
+            "trials = 8",
+            "trails = 8",
+            "budget.trails: unknown key; budget takes epochs, rungs, trials; did you mean trials?",
+        ),
         ("[budget]", "[bugdet]", "did you mean budget"),
         ("rungs = [1, 3]", "rungs = [1, 9]", "budget.rungs: 9 is not below budget.epochs = 9"),
         ("rungs = [1, 3]", "rungs = [3, 1]", "budget.rungs: [3, 1] must rise"),
         ('name = "small"', 'name = "Small Study"', "name: 'Small Study'"),
         ('name = "small"', 'name = "small"\nseeds = [1, 1]', "seeds: [1, 1] must all differ"),
-        ('name = "small"', 'name = "small"\nseeds = [1, 2, 3]', "budget.trials: 8 is not a multiple of the 3 seeds"),
+        (
+            'name = "small"',
+            'name = "small"\nseeds = [1, 2, 3]',
+            "budget.trials: 8 is not a multiple of the 3 seeds",
+        ),
         ('name = "small"', 'name = "small"\nobjectives = ["projection_dim"]', "objectives: each once"),
-        ('name = "small"', 'name = "small"\nobjectives = ["accuracy"]', "objectives.0: 'accuracy' is not one of"),
+        (
+            'name = "small"',
+            'name = "small"\nobjectives = ["accuracy"]',
+            "objectives.0: 'accuracy' is not one of",
+        ),
         ('name = "small"', 'name = "small"\nmode = "sweep"', "mode: 'sweep' is not one of"),
         ('name = "small"', 'name = "small"\nprotocol = "cheat"', "protocol: 'cheat' is not one of"),
         ('"mlp", "autoencoder"', '"mlp", "autoencodr"', "head.kind: 'autoencodr' is not one of"),
         ("low = 16, high = 256", "low = 300, high = 256", "space.head.width.low: 300 is not below high"),
         ("low = 16, high = 256", "low = 16", "space.head.width.high: missing"),
-        ('{ "head.kind" = "mlp" }', '{ "head.kid" = "mlp" }', "space.head.width.when: head.kid is not a parameter"),
+        (
+            '{ "head.kind" = "mlp" }',
+            '{ "head.kid" = "mlp" }',
+            "space.head.width.when: head.kid is not a parameter",
+        ),
         (', when = { "head.kind" = "mlp" }', "", "head.width: head kind 'autoencoder' has no such field"),
         ("[2, 4, 8, 16]", "[0, 4, 8, 16]", "head.projection_dim: 0"),
         ("[2, 4, 8, 16]", "{ step = 2 }", "space.head.projection_dim: give choices, low and high, or value"),
@@ -111,7 +129,11 @@ def test_points_are_a_study_too():
         ('data.name = "digits"', 'data.name = "digit"', "data.name: 'digit' is not one of"),
         ('data.name = "digits"', 'data.name = "folder"', "data.root: name the folder"),
         ('data.name = "digits"', "training.epochs = 3", "training.epochs: not here; budget.epochs sets it"),
-        ('data.name = "digits"', 'data.normalization = "none"', "space.data.normalization: also set under base"),
+        (
+            'data.name = "digits"',
+            'data.normalization = "none"',
+            "space.data.normalization: also set under base",
+        ),
         ("learning_rate = 0.1", "learning_rate = -0.1", "optimizer.learning_rate: -0.1"),
         ("learning_rate = 0.1", "warmup_epochs = 9", "optimizer.warmup_epochs: 9 is not below the 9 epochs"),
         ("learning_rate = 0.1", "learning_rat = 0.1", "did you mean learning_rate?"),
@@ -149,7 +171,12 @@ def test_overrides_reach_study_base_and_space(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [(b"", "empty"), (b"name = ", "not a TOML file"), (b"\xff\xfe", "not UTF-8"), (None, "no such study file")],
+    [
+        (b"", "empty"),
+        (b"name = ", "not a TOML file"),
+        (b"\xff\xfe", "not UTF-8"),
+        (None, "no such study file"),
+    ],
 )
 def test_files_that_are_not_studies(tmp_path, content, says):
     path = tmp_path / "s.toml"

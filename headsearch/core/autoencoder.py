@@ -54,8 +54,12 @@ class Autoencoder(nn.Module):
         return torch.sigmoid(self.decoder_output(F.relu(self.decoder_hidden(embeddings))))
 
 
-def autoencoder_key(config: TrialConfig, images: ImageSet, hidden_dim: int) -> str:
-    """Hash of all that determines the weights: pixels and split, sizes, the recipe and its code."""
+def autoencoder_key(config: TrialConfig, images: ImageSet, hidden_dim: int, device: torch.device) -> str:
+    """Hash of all that determines the weights: pixels and split, sizes, the recipe and its code.
+
+    Also the kind of device and its threads, which decide the last bits: a trial must not depend on who
+    filled the cache.
+    """
     assert isinstance(config.head, AutoencoderHead)  # noqa: S101
     identity = [
         VERSION,
@@ -64,6 +68,8 @@ def autoencoder_key(config: TrialConfig, images: ImageSet, hidden_dim: int) -> s
         hidden_dim,
         config.head.embedding_dim,
         config.autoencoder.model_dump(mode="json"),
+        device.type,
+        torch.get_num_threads() if device.type == "cpu" else None,
     ]
     return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
 
@@ -78,7 +84,7 @@ def pretrained_embedding(
     cannot be used and TrialFailure if the training diverges.
     """
     assert isinstance(config.head, AutoencoderHead)  # noqa: S101
-    key = autoencoder_key(config, images, hidden_dim)
+    key = autoencoder_key(config, images, hidden_dim, device)
     folder = home / "cache" / "autoencoders"
     layer = nn.Linear(hidden_dim, config.head.embedding_dim, device="meta").to_empty(device="cpu")
     try:

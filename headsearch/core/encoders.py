@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Final
 
-import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -86,6 +85,8 @@ def build_encoder(config: EncoderConfig, image_size: int) -> Encoder:
     """
     if config.name == "small-resnet":
         return Encoder(small_resnet(config.width, image_size), feature_dim(config))
+    import torchvision.models  # seconds, which small-resnet need not wait for
+
     build = getattr(torchvision.models, config.name)
     try:
         network = build(weights="DEFAULT" if config.pretrained else None, progress=False)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from dataclasses import dataclass
 
 import torch
-import torchvision
 
 from headsearch.config import TrainingConfig
 from headsearch.core.features import Precision, resolve_precision
@@ -51,7 +51,7 @@ def hardware() -> Hardware:
     )
     return Hardware(
         torch.__version__,
-        torchvision.__version__,
+        importlib.metadata.version("torchvision"),
         torch.version.cuda,
         torch.get_num_threads(),
         tuple(devices),

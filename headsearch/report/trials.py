@@ -79,11 +79,18 @@ def trial_table(snapshot: Snapshot, *, most: int | None = MOST_ROWS) -> Table:
 
 
 def best(snapshot: Snapshot) -> TrialRow | None:
-    """The complete trial of the highest validation accuracy; before there is one, the best report."""
+    """The complete trial of the highest validation accuracy; before there is one, the best report.
+
+    Of equals, the one of the smallest projection dim, which is the one on the front.
+    """
     measured = [t for t in snapshot.complete if t.probe_accuracy is not None] or [
         t for t in snapshot.trials if t.probe_accuracy is not None and t.state != "failed"
     ]
-    return max(measured, key=lambda t: (t.probe_accuracy or 0.0, -t.number), default=None)
+    return max(
+        measured,
+        key=lambda t: (t.probe_accuracy or 0.0, -(t.projection_dim or 0), -t.number),
+        default=None,
+    )
 
 
 def params_text(params: Mapping[str, Any], paths: Sequence[str] | None = None) -> str:

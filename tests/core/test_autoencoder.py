@@ -72,22 +72,23 @@ def test_layer_is_the_trained_one_and_comes_back_from_the_cache(tmp_path: Path) 
 
 def test_key_changes_with_what_determines_the_weights_and_with_nothing_else() -> None:
     images = tiny_images()
-    key = autoencoder_key(config(), images, HIDDEN)
+    key = autoencoder_key(config(), images, HIDDEN, CPU)
     wider = tiny_config(head={"kind": "autoencoder", "embedding_dim": 7})
     others = [
-        autoencoder_key(config(), images, HIDDEN + 1),
-        autoencoder_key(config(), tiny_images(train=99), HIDDEN),
-        autoencoder_key(config(autoencoder={"epochs": 3}), images, HIDDEN),
-        autoencoder_key(wider, images, HIDDEN),
+        autoencoder_key(config(), images, HIDDEN + 1, CPU),
+        autoencoder_key(config(), tiny_images(train=99), HIDDEN, CPU),
+        autoencoder_key(config(autoencoder={"epochs": 3}), images, HIDDEN, CPU),
+        autoencoder_key(wider, images, HIDDEN, CPU),
+        autoencoder_key(config(), images, HIDDEN, torch.device("cuda")),
     ]
-    assert len({key, *others}) == 5
+    assert len({key, *others}) == 6
     same = tiny_config(
         head={"kind": "autoencoder", "embedding_dim": 6, "frozen": False, "activation": "tanh"},
         seed=9,
         training={"epochs": 7},
         data={"normalization": "zscore"},
     )
-    assert autoencoder_key(same, images, HIDDEN) == key
+    assert autoencoder_key(same, images, HIDDEN, CPU) == key
 
 
 def test_trial_seed_and_global_generator_have_no_part_in_it(tmp_path: Path) -> None:

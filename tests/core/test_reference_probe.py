@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import numpy as np
@@ -36,6 +37,7 @@ def standardised(split, train) -> np.ndarray:
     return (pixels(split) - mean) / np.where(std > 1e-12, std, 1.0)
 
 
+@functools.cache
 def scikit(digits: ImageSet, penalty: float) -> LogisticRegression:
     x, y = standardised(digits.train, digits.train), digits.train.labels.numpy()
     return LogisticRegression(C=1 / (penalty * len(x)), tol=1e-8, max_iter=20_000).fit(x, y)
@@ -45,7 +47,7 @@ def objective(x, labels, weight, bias, penalty: float) -> float:
     return cross_entropy(x, labels, weight, bias) + penalty / 2 * float((weight**2).sum())
 
 
-@pytest.mark.parametrize("penalty", [1e-4, *PENALTIES, 1.0])
+@pytest.mark.parametrize("penalty", [1e-4, *PENALTIES])
 def test_objective_and_accuracy_are_scikit_learns(digits, penalty):
     features = digits.train.images.flatten(1).float() / 255
     probe = fit_probe(features, digits.train.labels, 10, penalty=penalty, iterations=200)

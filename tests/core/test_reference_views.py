@@ -133,15 +133,15 @@ def test_wide_blur_by_direct_sum():
     np.testing.assert_allclose(got[:, :16, :16], references.blur(small, 9, 1.7)[:, :16, :16], atol=1e-5)
 
 
-COUNT = 8_000
+COUNT = 6_000
 
 
 def drawn(config: ViewsConfig, size: int = 32, seed: int = 0) -> Draws:
     return Views(config, size, IDENTITY).draw(COUNT, torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("scale_min", [0.08, 0.2, 0.9, 1.0])
-@pytest.mark.parametrize("size", [8, 32, 96])
+@pytest.mark.parametrize("scale_min", [0.08, 0.2, 1.0])
+@pytest.mark.parametrize("size", [8, 32])
 def test_crops_are_drawn_as_torchvision_draws_them(scale_min, size):
     left, top, width, height = drawn(ViewsConfig(crop_scale_min=scale_min), size).box.double().numpy().T
     rng = np.random.default_rng(1)

@@ -10,7 +10,6 @@ from fabricated import snapshot, trial
 
 from headsearch.report.fronts import captions, front, front_csv, front_json, front_table, points
 
-
 MLP = {"head.kind": "mlp", "head.width": 32, "head.projection_dim": 16}
 
 

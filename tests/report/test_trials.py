@@ -5,7 +5,15 @@ import json
 from fabricated import snapshot, spec, trial
 
 from headsearch.report.tables import Table, duration, value
-from headsearch.report.trials import best, in_order, overrides_of, short_names, trial_json, trial_table, varying
+from headsearch.report.trials import (
+    best,
+    in_order,
+    overrides_of,
+    short_names,
+    trial_json,
+    trial_table,
+    varying,
+)
 from headsearch.study_file import load_study, one_point
 
 

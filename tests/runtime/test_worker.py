@@ -59,7 +59,17 @@ def make(session, **changes):
 
 
 def start(name="tiny", *options, threads=1):
-    command = [sys.executable, "-m", "headsearch", "worker", "--study", name, "--threads", str(threads), *options]
+    command = [
+        sys.executable,
+        "-m",
+        "headsearch",
+        "worker",
+        "--study",
+        name,
+        "--threads",
+        str(threads),
+        *options,
+    ]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -111,7 +121,9 @@ def test_four_workers_started_at_once_finish_thirty_trials_exactly(world):
     }
     cached = list((world.home / "cache" / "autoencoders").glob("*.safetensors"))
     assert len(cached) == len(autoencoders)
-    assert not list((world.home / "checkpoints" / "tiny").glob("*/*")), "checkpoints of ended trials are removed"
+    assert not list((world.home / "checkpoints" / "tiny").glob("*/*")), (
+        "checkpoints of ended trials are removed"
+    )
 
 
 def test_a_trial_paused_and_promoted_reports_what_one_never_paused_does(world):

@@ -28,7 +28,9 @@ def expire(database, number):
     """Let the lease run out now, without waiting for it."""
     with database.begin() as connection:
         connection.execute(
-            text("UPDATE headsearch.trials SET lease_until = clock_timestamp() - interval '1 s' WHERE number = :n"),
+            text(
+                "UPDATE headsearch.trials SET lease_until = clock_timestamp() - interval '1 s' WHERE number = :n"
+            ),
             {"n": number},
         )
 
@@ -60,7 +62,9 @@ def test_a_search_ends_with_its_exact_budget_a_front_and_pruned_trials(database,
 
 def test_the_same_history_gives_the_same_search(database, make_study):
     first, second = make_study(name="one"), make_study(name="two")
-    points = [[(c.number, c.params, c.origin) for c in work_off(database, study)] for study in (first, second)]
+    points = [
+        [(c.number, c.params, c.origin) for c in work_off(database, study)] for study in (first, second)
+    ]
     assert points[0] == points[1]
     other = make_study(name="three", sampler={"seed": 5})
     assert [c.params for c in work_off(database, other)] != [params for _, params, _ in points[0]]
@@ -68,7 +72,9 @@ def test_the_same_history_gives_the_same_search(database, make_study):
 
 @pytest.mark.parametrize("sampler", ["tpe", "random", "nsga2", "gp", "qmc"])
 def test_every_sampler_finishes_a_study_without_repeating_a_point(database, make_study, sampler):
-    study = make_study(sampler={"name": sampler, "startup_trials": 4}, budget={"trials": 14, "epochs": 2, "rungs": [1]})
+    study = make_study(
+        sampler={"name": sampler, "startup_trials": 4}, budget={"trials": 14, "epochs": 2, "rungs": [1]}
+    )
     work_off(database, study)
     seen = snapshot.read(database, study.name)
     assert len({point_key(t.params) for t in seen.trials}) == 14
@@ -76,7 +82,8 @@ def test_every_sampler_finishes_a_study_without_repeating_a_point(database, make
 
 def test_a_search_of_the_whole_space_finds_every_point_once(database, make_study):
     study = make_study(
-        space={"head.kind": ["mlp", "linear"], "head.projection_dim": [2, 4, 8]}, budget={"trials": 6, "epochs": 1}
+        space={"head.kind": ["mlp", "linear"], "head.projection_dim": [2, 4, 8]},
+        budget={"trials": 6, "epochs": 1},
     )
     work_off(database, study)
     assert len({point_key(t.params) for t in snapshot.read(database, study.name).trials}) == 6
@@ -135,7 +142,11 @@ def test_workers_that_start_together_share_the_budget_exactly(database, make_stu
     assert set(seen.counts) == {"complete", "pruned"}
     assert len({(point_key(t.params), t.seed) for t in seen.trials}) == 30
     with database.begin() as connection:
-        told = connection.execute(text("SELECT number, array_agg(epoch ORDER BY epoch) AS e FROM headsearch.reports GROUP BY number"))
+        told = connection.execute(
+            text(
+                "SELECT number, array_agg(epoch ORDER BY epoch) AS e FROM headsearch.reports GROUP BY number"
+            )
+        )
         assert all(row.e == list(range(1, len(row.e) + 1)) for row in told)
     assert len(optuna_trials(database, study)) == 30
 
@@ -143,7 +154,9 @@ def test_workers_that_start_together_share_the_budget_exactly(database, make_stu
 def test_an_orphan_is_adopted_and_its_first_worker_is_fenced(database, make_study):
     study = make_study()
     lost = claim(database, study, "first", "cpu")
-    leases.describe(database, study, lost, projection_dim=lost.params["head.projection_dim"], head_parameters=1)
+    leases.describe(
+        database, study, lost, projection_dim=lost.params["head.projection_dim"], head_parameters=1
+    )
     leases.report(database, study, lost, report_of(lost, 1))
     expire(database, lost.number)
     assert snapshot.read(database, study.name).trials[0].state == "orphaned"
@@ -186,7 +199,9 @@ def test_a_trial_given_back_is_no_loss_and_one_lost_too_often_fails(database, ma
     assert optuna_trials(database, study)[0].state == TrialState.FAIL
 
 
-def test_a_worker_that_died_between_deciding_and_telling_is_finished_by_the_next(database, make_study, monkeypatch):
+def test_a_worker_that_died_between_deciding_and_telling_is_finished_by_the_next(
+    database, make_study, monkeypatch
+):
     study = make_study(budget={"trials": 1, "epochs": 1})
     work = claim(database, study, "a", "cpu")
     with monkeypatch.context() as patched:
@@ -199,7 +214,9 @@ def test_a_worker_that_died_between_deciding_and_telling_is_finished_by_the_next
 
 
 @pytest.mark.parametrize("stored", [0, 1])
-def test_a_trial_that_optuna_has_and_we_do_not_is_taken_with_its_number_and_parameters(database, make_study, stored):
+def test_a_trial_that_optuna_has_and_we_do_not_is_taken_with_its_number_and_parameters(
+    database, make_study, stored
+):
     """What a worker leaves that dies between `ask` and its lease."""
     study = make_study(budget={"trials": 2, "epochs": 1})
     theirs = optuna.load_study(study_name=study.name, storage=database.url)

@@ -34,7 +34,9 @@ def test_the_first_alone_goes_on_and_order_is_by_count():
 
 def test_every_dim_is_served():
     """Small dims dominate all large ones here, so the count alone would let only small ones on."""
-    standings = [at(i, 0.9 - i * 0.01, 2) for i in range(8)] + [at(8 + i, 0.3 + i * 0.01, 256) for i in range(8)]
+    standings = [at(i, 0.9 - i * 0.01, 2) for i in range(8)] + [
+        at(8 + i, 0.3 + i * 0.01, 256) for i in range(8)
+    ]
     on = set(worthy(standings, 2))
     assert 15 in on
     assert 0 in on
@@ -45,7 +47,9 @@ def test_a_better_report_never_loses_its_place():
     for _ in range(200):
         standings = [at(i, rng.random(), rng.choice(DIMS)) for i in range(rng.randint(2, 20))]
         chosen = rng.choice(worthy(standings, 2))
-        raised = [at(s.number, s.accuracy + 0.1, int(s.costs[0])) if s.number == chosen else s for s in standings]
+        raised = [
+            at(s.number, s.accuracy + 0.1, int(s.costs[0])) if s.number == chosen else s for s in standings
+        ]
         assert chosen in worthy(raised, 2)
 
 
