@@ -27,7 +27,9 @@ def spec(**changes: Any) -> StudySpec:
     return StudySpec.model_validate(tree | changes)
 
 
-def trial(number: int, state: str = "complete", dim: int | None = 8, acc: float | None = 0.5, **facts: Any) -> TrialRow:
+def trial(
+    number: int, state: str = "complete", dim: int | None = 8, acc: float | None = 0.5, **facts: Any
+) -> TrialRow:
     ended = state in ("complete", "pruned", "failed")
     values: dict[str, Any] = {
         "number": number,
@@ -59,7 +61,11 @@ def trial(number: int, state: str = "complete", dim: int | None = 8, acc: float 
 
 
 def snapshot(
-    *trials: TrialRow, seconds: float = 60.0, state: str = "open", workers: tuple[WorkerRow, ...] = (), **changes: Any
+    *trials: TrialRow,
+    seconds: float = 60.0,
+    state: str = "open",
+    workers: tuple[WorkerRow, ...] = (),
+    **changes: Any,
 ) -> Snapshot:
     study = Study(1, "made-up", spec(**changes), state, BEGAN, BEGAN if state == "complete" else None)  # type: ignore[arg-type]
     return Snapshot(study, tuple(trials), workers, BEGAN + timedelta(seconds=seconds))

@@ -104,7 +104,9 @@ def run_worker(
         say(f"worker {worker_id} on {label}, study {name}")
         keeper = LeaseKeeper(session, study, worker_id)
         with keeper.running():
-            result = _Worker(session, study, worker_id, chosen, label, keeper, drain, say).work(count)
+            result = _Worker(
+                session, study, worker_id, chosen, label, keeper, drain, say, parent is not None
+            ).work(count)
         patiently(session, lambda: workers.leave(session.database, worker_id), say, patience_seconds=5)
         return result
 
@@ -122,7 +124,9 @@ class _Worker:
         keeper: LeaseKeeper,
         drain: threading.Event,
         say: Callable[[str], None],
+        launched: bool,  # noqa: FBT001
     ) -> None:
+        self.launched = launched
         self.session, self.study, self.worker_id = session, study, worker_id
         self.device, self.label = device, label
         self.keeper, self.drain, self.say = keeper, drain, say
@@ -136,7 +140,9 @@ class _Worker:
             work = self._patiently(
                 lambda: claim(self.session.database, self.study, self.worker_id, self.label)
             )
-            if work is Idle.DONE:
+            if work in (Idle.COMPLETED, Idle.DONE):
+                if work is Idle.COMPLETED and not self.launched:
+                    self._publish()
                 # Trials pruned at the end were told by whoever came last, wherever they had trained.
                 forget_checkpoints(self.session.home, self.study.name)
                 self.say(f"study {self.study.name} is complete")
@@ -147,6 +153,15 @@ class _Worker:
             with self.keeper.holding(work):
                 self._train(work)
         return WorkerResult(self.ended, self.failed, self.drain.is_set())
+
+    def _publish(self) -> None:
+        """Put figure and note on the dashboard; whoever launched us does it for us."""
+        from headsearch.report.publish import publish  # loads plotly
+
+        try:
+            self._patiently(lambda: publish(self.session.database, self.study.name))
+        except HeadsearchError as error:
+            self.say(f"figure and note were not put on the dashboard: {error}")
 
     def _patiently(self, call: Callable[[], Any]) -> Any:
         return patiently(self.session, call, self.say)

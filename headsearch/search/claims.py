@@ -59,7 +59,8 @@ class Idle(enum.Enum):
     """Why there is no claim."""
 
     WAIT = "others still train"
-    DONE = "the study is complete"
+    COMPLETED = "this claim found nothing left and completed the study"
+    DONE = "the study was complete"
 
 
 def point_key(params: Params) -> str:
@@ -129,7 +130,7 @@ class _Decision:
             "UPDATE headsearch.studies SET state = 'complete', completed_at = clock_timestamp() "
             "WHERE study_id = :study_id"
         )
-        return Idle.DONE
+        return Idle.COMPLETED
 
     def _execute(self, sql: str, **values: Any) -> Any:
         return self.connection.execute(text(sql), self.names | values)

@@ -74,11 +74,8 @@ class World:
                     Image.fromarray(drawn.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
                     if split == "train" and index < broken:
                         path.write_bytes(path.read_bytes()[:100])
-        return self.study(
-            ('data.name = "digits"', f'data = {{ name = "folder", root = "{self.folder / name}" }}\n'
-             'training.batch_size = 4'),
-            name=f"{name}.toml",
-        )  # fmt: skip
+        data = f'data = {{ name = "folder", root = "{self.folder / name}" }}'
+        return self.study((BASE, f"{data}\ntraining.batch_size = 4"), name=f"{name}.toml")
 
     def remains(self) -> dict[str, Any]:
         """What a refused command must leave as it was."""
@@ -123,7 +120,9 @@ def world(database: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("HEADSEARCH_DEBUG", raising=False)
     made = World(home, database, tmp_path)
     with open_session() as session:
-        studies.create(session.database, load_study(Path(made.study(('"good"', '"there"'), name="there.toml"))))
+        studies.create(
+            session.database, load_study(Path(made.study(('"good"', '"there"'), name="there.toml")))
+        )
     return made
 
 
@@ -191,7 +190,9 @@ STUDIES: dict[str, tuple[list[tuple[str, str]], list[str]]] = {
 }  # fmt: skip
 
 
-def refused(capsys: pytest.CaptureFixture[str], world: World, words: list[str], parts: list[str], code: int = 2) -> None:
+def refused(
+    capsys: pytest.CaptureFixture[str], world: World, words: list[str], parts: list[str], code: int = 2
+) -> None:
     before = world.remains()
     capsys.readouterr()
     assert run(words) == code
@@ -226,7 +227,9 @@ def test_run_and_train_check_the_same(command: str, world: World, capsys: pytest
 
 
 @pytest.mark.parametrize("command", [["study", "create"], ["run"], ["train"]], ids=" ".join)
-def test_a_file_that_is_no_study(command: list[str], world: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_is_no_study(
+    command: list[str], world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
     for path, parts in (
         (world.write("a.toml", "name = [unclosed"), ["a.toml", "not a TOML file"]),
         (world.write("b.toml", b"\xff\xfe\x00"), ["b.toml", "not UTF-8"]),
@@ -269,7 +272,9 @@ def test_too_many_truncated_images(world: World, capsys: pytest.CaptureFixture[s
     )  # fmt: skip
 
 
-def test_a_few_truncated_images_are_left_out_by_name(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_few_truncated_images_are_left_out_by_name(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
     study = world.images("chipped", {"cat": 20, "dog": 20}, broken=1)
     words = ["study", "create", study, "--set", "data.max_unreadable_fraction=0.1", "--set", "name=chipped"]
     assert run(words) == 0
@@ -379,7 +384,11 @@ def with_password(url: str, password: str) -> str:
         ("sqlite:///studies.db", 2, ["HEADSEARCH_DATABASE_URL", "SQLite", "postgresql://"]),
         ("mysql://me:secret@db/heads", 2, ["HEADSEARCH_DATABASE_URL", "PostgreSQL", "postgresql://"]),
         ("postgresql://db", 2, ["HEADSEARCH_DATABASE_URL", "names no database"]),
-        ("postgresql://me:secret@127.0.0.1:{closed}/heads", 1, ["no PostgreSQL answers at 127.0.0.1", "running"]),
+        (
+            "postgresql://me:secret@127.0.0.1:{closed}/heads",
+            1,
+            ["no PostgreSQL answers at 127.0.0.1", "running"],
+        ),
         ("{wrong password}", 1, ["refuses user headsearch", "password", "HEADSEARCH_DATABASE_URL"]),
         ("{no database}", 1, ["nothing_here", "create it first"]),
     ],
@@ -389,7 +398,9 @@ def test_a_database_that_cannot_be_used(world: World, url: str, code: int, parts
     before = world.remains()
     url = {
         "{wrong password}": with_password(world.url, "secret"),
-        "{no database}": make_url(world.url).set(database="nothing_here").render_as_string(hide_password=False),
+        "{no database}": make_url(world.url)
+        .set(database="nothing_here")
+        .render_as_string(hide_password=False),
     }.get(url, url.replace("{closed}", str(closed_port())))
     for words in (["study", "list"], ["study", "create", world.study()]):
         done = headsearch(world, words, HEADSEARCH_DATABASE_URL=url)

@@ -88,14 +88,27 @@ def test_a_study_is_made_once(study: str, capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.mark.postgres
 def test_overrides_are_part_of_the_spec(study: str, capsys: pytest.CaptureFixture[str]) -> None:
-    said(capsys, "study", "create", study, "--set", "budget.epochs=2", "--set", "data.limit=500", "--set", "name=other")
+    said(
+        capsys,
+        "study",
+        "create",
+        study,
+        "--set",
+        "budget.epochs=2",
+        "--set",
+        "data.limit=500",
+        "--set",
+        "name=other",
+    )
     shown = parsed(capsys, "study", "show", "other", "--json")
     assert shown["spec"]["budget"]["epochs"] == 2
     assert shown["spec"]["base"]["data"]["limit"] == 500
 
 
 @pytest.mark.postgres
-def test_show_and_front_of_a_study_with_trials(study: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_show_and_front_of_a_study_with_trials(
+    study: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     said(capsys, "study", "create", study)
     assert "no trial is complete yet" in said(capsys, "study", "front", "small")
     assert parsed(capsys, "study", "front", "small", "--json")["front"] == []
@@ -109,7 +122,14 @@ def test_show_and_front_of_a_study_with_trials(study: str, capsys: pytest.Captur
     assert "last heard" in shown
     data = parsed(capsys, "study", "show", study, "--json")
     assert [trial["number"] for trial in data["trials"]] == list(range(6))
-    assert data["counts"] == {"running": 0, "orphaned": 0, "paused": 0, "complete": 5, "pruned": 0, "failed": 1}
+    assert data["counts"] == {
+        "running": 0,
+        "orphaned": 0,
+        "paused": 0,
+        "complete": 5,
+        "pruned": 0,
+        "failed": 1,
+    }
     assert len(data["workers"]) == 1
 
     front = parsed(capsys, "study", "front", "small", "--json")["front"]
@@ -147,7 +167,9 @@ def test_run_of_a_complete_study_shows_its_front_and_starts_nothing(
 
 
 @pytest.mark.postgres
-def test_delete_takes_everything(study: str, capsys: pytest.CaptureFixture[str], headsearch_home: Path) -> None:
+def test_delete_takes_everything(
+    study: str, capsys: pytest.CaptureFixture[str], headsearch_home: Path
+) -> None:
     said(capsys, "study", "create", study)
     with open_session() as session:
         fill(session)
@@ -171,7 +193,9 @@ def test_a_study_in_use_is_deleted_by_force_only(study: str, capsys: pytest.Capt
 
 
 @pytest.mark.postgres
-def test_the_dashboard_gets_a_figure_and_a_note_that_are_replaced(study: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_dashboard_gets_a_figure_and_a_note_that_are_replaced(
+    study: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     said(capsys, "study", "create", study)
     with open_session() as session:
         publish(session.database, "small")

@@ -24,7 +24,8 @@ def test_a_point_that_is_beaten_in_both_objectives_is_not_on_the_front() -> None
 
 def test_equal_points_are_both_on_the_front_and_a_tie_in_one_objective_decides() -> None:
     equal = snapshot(
-        trial(0, dim=8, acc=0.9), trial(1, dim=8, acc=0.9, params={"head.kind": "mlp", "head.projection_dim": 8})
+        trial(0, dim=8, acc=0.9),
+        trial(1, dim=8, acc=0.9, params={"head.kind": "mlp", "head.projection_dim": 8}),
     )
     assert numbers(front(equal)) == [(0,), (1,)]
     tie = snapshot(trial(0, dim=8, acc=0.9), trial(1, dim=4, acc=0.9))
@@ -62,7 +63,10 @@ def test_seeds_of_a_point_become_a_mean_and_a_sample_deviation() -> None:
 
 
 def test_the_order_of_parameters_in_the_database_does_not_split_a_point() -> None:
-    one, other = {"head.kind": "linear", "head.projection_dim": 8}, {"head.projection_dim": 8, "head.kind": "linear"}
+    one, other = (
+        {"head.kind": "linear", "head.projection_dim": 8},
+        {"head.projection_dim": 8, "head.kind": "linear"},
+    )
     read = snapshot(trial(0, params=one), trial(1, params=other, seed=1), seeds=[0, 1])
     assert numbers(points(read)) == [(0, 1)]
 
@@ -81,7 +85,8 @@ def test_more_objectives_keep_more_points() -> None:
 
 def test_validation_selects_and_test_accuracy_does_not() -> None:
     read = snapshot(
-        trial(0, dim=8, acc=0.90, test_accuracy=0.10), trial(1, dim=8, acc=0.89, test_accuracy=0.99, params={"a": 1})
+        trial(0, dim=8, acc=0.90, test_accuracy=0.10),
+        trial(1, dim=8, acc=0.89, test_accuracy=0.99, params={"a": 1}),
     )
     assert numbers(front(read)) == [(0,)]
 
@@ -135,7 +140,9 @@ def test_the_table_shows_what_varies_and_the_projection_dim_once() -> None:
     assert len({len(line) for line in lines if line}) <= 2
     assert "± 0.0500" in "".join(
         front_table(
-            snapshot(trial(0, acc=0.80), trial(1, acc=0.85, seed=1), trial(2, acc=0.90, seed=2), seeds=[0, 1, 2])
+            snapshot(
+                trial(0, acc=0.80), trial(1, acc=0.85, seed=1), trial(2, acc=0.90, seed=2), seeds=[0, 1, 2]
+            )
         ).lines()
     )
 

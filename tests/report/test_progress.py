@@ -24,7 +24,13 @@ def test_a_trial_begins_with_its_parameters_in_the_spaces_order() -> None:
 
 
 def test_nothing_new_is_no_line() -> None:
-    every = [trial(0), running(epoch=2), trial(2, "paused"), trial(4, "pruned"), trial(5, "failed", reason="error")]
+    every = [
+        trial(0),
+        running(epoch=2),
+        trial(2, "paused"),
+        trial(4, "pruned"),
+        trial(5, "failed", reason="error"),
+    ]
     assert between(every, every) == []
 
 
@@ -78,7 +84,9 @@ def test_time_left_follows_the_speed_since_the_start() -> None:
     first = snapshot(trial(0, epoch=12), seconds=0)
     assert seconds_left(first, first) is None
     now = snapshot(trial(0, epoch=12), running(1, epoch=6), seconds=60, pruning={"rule": "none"})
-    assert seconds_left(dataclasses.replace(first, study=now.study), now) == pytest.approx((144 - 18) * 60 / 6)
+    assert seconds_left(dataclasses.replace(first, study=now.study), now) == pytest.approx(
+        (144 - 18) * 60 / 6
+    )
     over = snapshot(*(trial(n) for n in range(12)), seconds=60)
     assert seconds_left(first, over) == 0.0
 

@@ -36,7 +36,10 @@ def test_names_are_short_where_that_is_clear() -> None:
 
 
 def test_running_trials_come_first_and_twenty_rows_are_enough() -> None:
-    trials = [trial(n, acc=n / 100) for n in range(25)] + [trial(25, "running"), trial(26, "failed", reason="error")]
+    trials = [trial(n, acc=n / 100) for n in range(25)] + [
+        trial(25, "running"),
+        trial(26, "failed", reason="error"),
+    ]
     table = trial_table(snapshot(*trials))
     assert table.rows[0][:2] == ("25", "running")
     assert [row[0] for row in table.rows[1:4]] == ["24", "23", "22"]
@@ -57,7 +60,9 @@ def test_the_best_is_a_complete_one_as_soon_as_there_is_one() -> None:
 
 def test_overrides_give_the_parameters_back(tmp_path) -> None:
     params = {"head.kind": "mlp", "head.width": 64, "head.batch_norm": True, "optimizer.learning_rate": 1e-05}
-    (tmp_path / "a.toml").write_text('name = "a"\nbudget = {trials = 1, epochs = 1}\nspace."head.kind" = ["linear"]\n')
+    (tmp_path / "a.toml").write_text(
+        'name = "a"\nbudget = {trials = 1, epochs = 1}\nspace."head.kind" = ["linear"]\n'
+    )
     import shlex
 
     words = [word for text in overrides_of(params) for word in shlex.split(text)[1:]]

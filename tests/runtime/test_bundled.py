@@ -26,13 +26,15 @@ def test_a_file_comes_before_a_bundled_study(tmp_path: Path, monkeypatch: pytest
 
 def test_neither_file_nor_bundled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SpecError, match="quickstrt: no such study file; .*did you mean quickstart"):
+    with pytest.raises(SpecError, match=r"quickstrt: no such study file; .*did you mean quickstart"):
         study_file("quickstrt")
     assert study_file("folder/quickstart.toml") == Path("folder/quickstart.toml")
 
 
 def test_a_file_stands_for_the_study_in_it(tmp_path: Path) -> None:
-    (tmp_path / "a.toml").write_text('name = "b"\nbudget = {trials = 1, epochs = 1}\nspace."head.kind" = ["linear"]\n')
+    (tmp_path / "a.toml").write_text(
+        'name = "b"\nbudget = {trials = 1, epochs = 1}\nspace."head.kind" = ["linear"]\n'
+    )
     assert study_name(str(tmp_path / "a.toml")) == "b"
     assert study_name("anything") == "anything"
     with pytest.raises(SpecError):

@@ -45,7 +45,7 @@ def test_overrides_reach_the_study_and_the_trial(study: Path) -> None:
     assert (config.training.epochs, config.head.kind, config.head.width) == (5, "mlp", 16)
     assert (config.data.limit, config.seed, config.head.projection_dim) == (60, 7, 2)
     assert point_of(study, ["training.epochs=0"]).training.epochs == 0
-    with pytest.raises(SpecError, match="budget.epoch"):
+    with pytest.raises(SpecError, match=r"budget\.epoch"):
         point_of(study, ["budget.epoch=5"])
     with pytest.raises(SpecError, match="head"):
         point_of(study, ["head.widht=5"])

@@ -48,7 +48,7 @@ def test_a_search_ends_with_its_exact_budget_a_front_and_pruned_trials(database,
     assert [t.number for t in trials] == list(range(12))
     for ours, theirs in zip(seen.trials, trials, strict=True):
         assert {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED}[ours.state] == theirs.state
-        assert {k: v for k, v in ours.params.items()} == theirs.params
+        assert ours.params == theirs.params
         assert theirs.user_attrs["config"]["seed"] == ours.seed
         if ours.state == "complete":
             assert theirs.values == list(ours.values)
@@ -209,7 +209,7 @@ def test_a_worker_that_died_between_deciding_and_telling_is_finished_by_the_next
         outcomes.finish(database, study, work.number, work.attempt, outcome_of(work, 1))
     assert optuna_trials(database, study)[0].state == TrialState.RUNNING
     expire(database, 0)
-    assert claim(database, study, "b", "cpu") is Idle.DONE
+    assert claim(database, study, "b", "cpu") is Idle.COMPLETED
     assert optuna_trials(database, study)[0].values == list(outcome_of(work, 1).values)
 
 

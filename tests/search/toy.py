@@ -62,7 +62,7 @@ def work_off(database: Database, study: Study, worker: str = "w") -> list[Claim]
     claims = []
     while True:
         work = claim(database, study, worker, "cpu")
-        if work is Idle.DONE:
+        if work in (Idle.COMPLETED, Idle.DONE):
             return claims
         if isinstance(work, Claim):
             claims.append(work)
