@@ -236,6 +236,8 @@ class StudySpec(Config):
         for path, value in params.items():
             set_path(tree, path, value)
         set_path(tree, "training.epochs", self.budget.epochs)
+        # The default head's kind, where only its fields are given.
+        tree.setdefault("head", {}).setdefault("kind", "mlp")
         return TrialConfig.model_validate({**tree, "seed": seed, "protocol": self.protocol})
 
     def to_json(self) -> dict[str, Any]:

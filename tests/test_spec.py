@@ -74,6 +74,11 @@ def test_a_grid_counts_its_cells_and_trains_every_point_before_the_next_seed():
     assert [point["head.kind"] for point, _ in grid.cells()[:3]] == ["mlp", "mlp", "linear"]
 
 
+def test_fields_of_the_default_head_need_no_kind():
+    spec = spec_of('name = "w"\n[budget]\ntrials = 2\nepochs = 2\n[space]\nhead.width = [8, 16]\n')
+    assert spec.trial_config({"head.width": 8}, 0).head == MlpHead(width=8)
+
+
 def test_points_are_a_study_too():
     listed = spec_of(
         'name = "p"\nmode = "points"\n[budget]\nepochs = 2\n[[points]]\nhead.kind = "none"\n'

@@ -233,7 +233,7 @@ class _Decision:
             """
             INSERT INTO headsearch.trials
                 (study_id, number, trial_id, point_key, seed, params, worker_id, device, lease_until)
-            VALUES (:study_id, :number, :trial_id, :point_key, :seed, CAST(:params AS jsonb), :worker_id,
+            VALUES (:study_id, :number, :trial_id, :point_key, :seed, CAST(:params AS json), :worker_id,
                     :device, clock_timestamp() + make_interval(secs => :lease))
             RETURNING number, trial_id, params, seed, attempt, epoch, rung
             """,

@@ -20,7 +20,7 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE TABLE headsearch.studies (
         study_id integer PRIMARY KEY REFERENCES public.studies (study_id) ON DELETE CASCADE,
         name text NOT NULL UNIQUE,
-        spec jsonb NOT NULL,
+        spec json NOT NULL,
         spec_hash text NOT NULL,
         protocol text NOT NULL,
         state text NOT NULL DEFAULT 'open' CHECK (state IN ('open', 'complete')),
@@ -30,6 +30,7 @@ MIGRATIONS: tuple[str, ...] = (
         CHECK ((state = 'complete') = (completed_at IS NOT NULL))
     );
 
+    -- spec and params are json, not jsonb, which would forget the order of the space.
     -- One row per trial, written in the transaction that claims it for the first time.
     -- attempt is the fencing token: it rises with every claim, and every write of a worker names it.
     CREATE TABLE headsearch.trials (
@@ -38,7 +39,7 @@ MIGRATIONS: tuple[str, ...] = (
         trial_id integer NOT NULL UNIQUE,
         point_key text NOT NULL,
         seed bigint NOT NULL,
-        params jsonb NOT NULL,
+        params json NOT NULL,
         state text NOT NULL DEFAULT 'running'
             CHECK (state IN ('running', 'paused', 'complete', 'pruned', 'failed')),
         rung integer NOT NULL DEFAULT 0,

@@ -49,7 +49,7 @@ def create(database: Database, spec: StudySpec) -> tuple[Study, bool]:
         connection.execute(
             text(
                 "INSERT INTO headsearch.studies (study_id, name, spec, spec_hash, protocol, version) "
-                "VALUES (:study_id, :name, CAST(:spec AS jsonb), :hash, :protocol, :version)"
+                "VALUES (:study_id, :name, CAST(:spec AS json), :hash, :protocol, :version)"
             ),
             {
                 "study_id": study_id,

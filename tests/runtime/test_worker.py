@@ -125,6 +125,10 @@ def test_four_workers_started_at_once_finish_thirty_trials_exactly(world):
     assert not list((world.home / "checkpoints" / "tiny").glob("*/*")), (
         "checkpoints of ended trials are removed"
     )
+    asked = {"config", "seed", "device", "train_seconds", "views_per_second", "projection_dim", "epochs"}
+    for trial in optuna.load_study(study_name="tiny", storage=world.database.url).trials:
+        of_its_state = {"test_accuracy", "protocol"} if trial.values else {"pruned_at_epoch"}
+        assert asked | of_its_state <= trial.user_attrs.keys()
 
 
 def test_a_trial_paused_and_promoted_reports_what_one_never_paused_does(world):

@@ -287,3 +287,11 @@ def test_two_studies_of_one_name_cannot_be(database):
         thread.join()
     assert sorted(new for _, new in made) == [False] * 5 + [True]
     assert len({study.study_id for study, _ in made}) == 1
+
+
+def test_the_database_keeps_the_order_of_the_space(database, make_study):
+    space = {"optimizer.learning_rate": {"low": 0.1, "high": 0.2}, "head.projection_dim": [2, 4]}
+    study = make_study(space=space)
+    assert list(studies.get(database, study.name).spec.space) == list(space)
+    work = claim(database, study, "a", "cpu")
+    assert list(work.params) == list(space)
