@@ -7,6 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
+FAILED = 1
+"""Exit code where some trials failed."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C or SIGTERM."""
+
 StudyFile = Annotated[
     str,
     typer.Argument(
@@ -22,6 +27,10 @@ Overrides = Annotated[
 ]
 Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:<index>.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of each process.")]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, help="Processes; by default one per GPU, else one per two cores (at least 2)."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 NoCheck = Annotated[
     bool, typer.Option("--no-check", help="Do not look at the data first, such as on a machine without it.")

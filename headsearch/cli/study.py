@@ -1,4 +1,4 @@
-"""Commands on studies in the database: create, list, show, front, delete, schema."""
+"""Commands on studies in the database: create, list, show, front, confirm, delete, schema."""
 
 from __future__ import annotations
 
@@ -8,7 +8,21 @@ from typing import Annotated
 
 import typer
 
-from headsearch.cli.options import Json, Name, NoCheck, Overrides, StudyFile, emit, emit_lines, note
+from headsearch.cli.options import (
+    FAILED,
+    INTERRUPTED,
+    Device,
+    Json,
+    Name,
+    NoCheck,
+    Overrides,
+    StudyFile,
+    Threads,
+    Workers,
+    emit,
+    emit_lines,
+    note,
+)
 
 KEPT = 1
 
@@ -111,6 +125,39 @@ def front(
         typer.echo(front_csv(snapshot), nl=False)
     elif figure is None:
         emit_lines(front_lines(snapshot))
+
+
+@app.command()
+def confirm(
+    name: Name,
+    seeds: Annotated[int, typer.Option(min=1, help="Fresh seeds for each point of the front.")] = 5,
+    workers: Workers = None,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Train a study's front again with fresh seeds, before you believe it.
+
+    Makes the study NAME-confirm and works on it here; interrupted, the same command goes on.
+    """
+    from headsearch.cli.display import open_display
+    from headsearch.report.confirmation import confirmation
+    from headsearch.report.summary import confirmed_lines, header
+    from headsearch.runtime.bundled import study_name
+    from headsearch.runtime.running import Crew, run_study
+    from headsearch.runtime.session import open_session
+    from headsearch.search import studies
+    from headsearch.search.snapshot import read
+
+    wanted = study_name(name)
+    with open_session() as session:
+        made, _ = studies.create(session.database, confirmation(read(session.database, wanted), seeds))
+        with open_display(header(made, session.address.redacted), quiet=False) as display:
+            result = run_study(session, made, Crew(workers, device, threads), display)
+        emit_lines(confirmed_lines(result.snapshot))
+    if result.interrupted:
+        raise typer.Exit(INTERRUPTED)
+    if result.snapshot.counts["failed"]:
+        raise typer.Exit(FAILED)
 
 
 @app.command()

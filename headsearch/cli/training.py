@@ -7,19 +7,19 @@ from typing import Annotated
 import typer
 
 from headsearch.cli.options import (
+    FAILED,
+    INTERRUPTED,
     Device,
     Json,
     NoCheck,
     Overrides,
     StudyFile,
     Threads,
+    Workers,
     emit,
     emit_lines,
     note,
 )
-
-FAILED = 1
-INTERRUPTED = 130
 
 
 def add_to(app: typer.Typer) -> None:
@@ -31,10 +31,7 @@ def add_to(app: typer.Typer) -> None:
 
 def run(
     study: StudyFile,
-    workers: Annotated[
-        int | None,
-        typer.Option(min=1, help="Processes; by default one per GPU, else one per two cores (at least 2)."),
-    ] = None,
+    workers: Workers = None,
     device: Device = "auto",
     threads: Threads = None,
     overrides: Overrides = None,

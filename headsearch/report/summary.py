@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from headsearch import space as spaces
-from headsearch.report.fronts import captions, front_json, front_table, identity
+from headsearch.report.fronts import captions, front, front_json, front_table, identity, points
 from headsearch.report.tables import Table, accuracy, duration
 from headsearch.report.trials import STATES, best, in_order, overrides_of, params_text, trial_json, varying
 from headsearch.search.snapshot import Progress, Snapshot, TrialRow
@@ -129,6 +129,21 @@ def front_lines(snapshot: Snapshot) -> list[str]:
     table = front_table(snapshot)
     body = table.lines() if table.rows else ["no trial is complete yet"]
     return [*captions(snapshot), "", *body]
+
+
+def confirmed_lines(snapshot: Snapshot) -> list[str]:
+    """All points of a confirming study, and which of them are on its own front."""
+    measured = sorted(points(snapshot), key=lambda point: point.projection_dim or 0)
+    table = front_table(snapshot, measured)
+    held = [str(point.projection_dim) for point in front(snapshot)]
+    return [
+        *captions(snapshot),
+        "",
+        *table.lines(),
+        "",
+        f"still on the front: {len(held)} of {len(measured)} points, "
+        f"projection dims {', '.join(held) or 'none'}",
+    ]
 
 
 def ending_json(
