@@ -136,13 +136,13 @@ def confirmed_lines(snapshot: Snapshot) -> list[str]:
     measured = sorted(points(snapshot), key=lambda point: point.projection_dim or 0)
     table = front_table(snapshot, measured)
     held = [str(point.projection_dim) for point in front(snapshot)]
+    said = f"still on the front: {len(held)} of {len(measured)} points"
     return [
         *captions(snapshot),
         "",
         *table.lines(),
         "",
-        f"still on the front: {len(held)} of {len(measured)} points, "
-        f"projection dims {', '.join(held) or 'none'}",
+        f"{said}, projection dims {', '.join(held) or 'none'}",
     ]
 
 
