@@ -62,7 +62,14 @@ class WorldError(HeadsearchError):
 
 
 class DatabaseError(WorldError):
-    """The database cannot be reached, refuses us, or has another version."""
+    """The database cannot be reached, refuses us, or has another version.
+
+    `transient` says whether the same call may succeed later.
+    """
+
+    def __init__(self, message: str, *, transient: bool = True) -> None:
+        super().__init__(message)
+        self.transient = transient
 
 
 class StorageError(WorldError):

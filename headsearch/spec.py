@@ -28,6 +28,7 @@ SET_ELSEWHERE = {
     "seed": "seeds sets it",
     "protocol": "the study's own protocol sets it",
 }
+CHECKED_POINTS = 5000
 VARIABLE_DATA_FIELDS = ("data.normalization", "data.image_size")
 
 
@@ -145,7 +146,7 @@ class StudySpec(Config):
         self._check_mode()
         self._check_paths()
         self._check_budget()
-        for params in itertools.islice(self._samples(), 5000):
+        for params in itertools.islice(self._samples(), CHECKED_POINTS):
             try:
                 self.trial_config(params, self.seeds[0])
             except ValidationError as error:
@@ -193,7 +194,11 @@ class StudySpec(Config):
         object.__setattr__(self, "budget", self.budget.model_copy(update={"trials": cells}))
 
     def _samples(self) -> Iterator[Params]:
-        return iter(dict(point) for point in self.points) if self.points else spaces.corners(self.space)
+        """What is checked before the first trial: all points of a small space, the corners of a large one."""
+        if self.points:
+            return iter(dict(point) for point in self.points)
+        few = spaces.size(self.space, at_most=CHECKED_POINTS) is not None
+        return spaces.points(self.space) if few else spaces.corners(self.space)
 
     def _where(self, params: Params) -> str:
         """The settings that decide which fields there are, for a message about one of them."""

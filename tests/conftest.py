@@ -20,6 +20,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+# Before torch and numpy are loaded: the tests of two xdist processes share two cores, and threads that
+# wait for each other on busy ones take many times as long.
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+
 from headsearch.errors import HeadsearchError
 from headsearch.runtime import pgroles
 from headsearch.runtime.database import DatabaseAddress

@@ -38,7 +38,7 @@ def patiently(
         try:
             result = call()
         except DatabaseError as error:
-            if time.monotonic() + wait > deadline:
+            if not error.transient or time.monotonic() + wait > deadline:
                 raise
             if not told:
                 say(f"{error}; trying again for {patience_seconds / 60:.0f} minutes")

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from headsearch.config import TrialConfig
 from headsearch.core.checkpoint import CheckpointFolder
@@ -28,9 +29,10 @@ from headsearch.core.device import pick_device
 from headsearch.core.images import ImageSet, load_images
 from headsearch.core.pretrain import EpochReport, Pretrained, describe_head, pretrain
 from headsearch.core.probe import Evaluation, evaluate
-from headsearch.errors import HeadsearchError, InputError, LeaseLost, TrialFailure, WorldError
+from headsearch.errors import DataError, HeadsearchError, InputError, LeaseLost, TrialFailure, WorldError
 from headsearch.home import checkpoint_folder
 from headsearch.runtime.keeper import LeaseKeeper
+from headsearch.runtime.lines import first_line, unbreakable
 from headsearch.runtime.patience import patiently
 from headsearch.runtime.removal import forget_checkpoints
 from headsearch.runtime.session import Session, open_session
@@ -97,6 +99,7 @@ def run_worker(
     if threads is not None:
         torch.set_num_threads(threads)
     chosen = pick_device(device)
+    say = unbreakable(say)
     with drain_on_signal(say, parent=parent) as drain, open_session() as session:
         study = studies.get(session.database, name)
         label = f"{_device_name(chosen)}, {torch.get_num_threads()} threads"
@@ -129,7 +132,7 @@ class _Worker:
         self.launched = launched
         self.session, self.study, self.worker_id = session, study, worker_id
         self.device, self.label = device, label
-        self.keeper, self.drain, self.say = keeper, drain, say
+        self.keeper, self.drain, self.say = keeper, drain, unbreakable(say)
         self.images: dict[str, ImageSet] = {}
         self.paused: Training | None = None
         self.ended = self.failed = 0
@@ -176,16 +179,21 @@ class _Worker:
             self.say(f"{error}; going on with the next trial")
         except TrialFailure as error:
             self._end(work, Outcome("failed", reason=error.reason, message=str(error)))
-        except InputError as error:
-            self._end(work, Outcome("failed", reason="unbuildable", message=str(error)))
-        except (WorldError, KeyboardInterrupt):
-            self._give_back(work)
-            raise
+        except (DataError, WorldError, KeyboardInterrupt):
+            # Of this machine, not of this point: another worker may fare better.
+            if self._give_back(work):
+                raise
+        except (InputError, ValidationError) as error:
+            self._end(work, Outcome("failed", reason="unbuildable", message=first_line(error)))
         except Exception as error:
             logger.exception("trial %d", work.number)
-            line = str(error).strip().splitlines()
-            message = f"{type(error).__name__}: {line[0] if line else ''}"
+            message = f"{type(error).__name__}: {first_line(error)}"
             self._end(work, Outcome("failed", reason="error", message=message))
+            if self.device.type == "cuda":
+                # The context may be poisoned, and every later trial would fail for it.
+                raise WorldError(
+                    f"trial {work.number}: {message}; this worker ends, start it again"
+                ) from error
 
     def _training(self, work: Claim) -> Training:
         """The trial's generator: the one that waits in memory, or one that starts from the checkpoint."""
@@ -306,7 +314,8 @@ class _Worker:
         self.ended += 1
         CheckpointFolder(self._folder(work)).remove()
 
-    def _give_back(self, work: Claim) -> None:
+    def _give_back(self, work: Claim) -> bool:
+        """Let others have the trial; false where another worker has it already."""
         try:
             patiently(
                 self.session,
@@ -315,8 +324,12 @@ class _Worker:
                 patience_seconds=5,
             )
             self.say(f"trial {work.number} given back")
+        except LeaseLost as error:
+            self.say(f"{error}; going on with the next trial")
+            return False
         except HeadsearchError as error:
             self.say(f"trial {work.number} could not be given back ({error}); its lease will run out")
+        return True
 
     def _folder(self, work: Claim) -> Any:
         return checkpoint_folder(self.session.home, self.study.name, work.number)

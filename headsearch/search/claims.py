@@ -25,7 +25,6 @@ from sqlalchemy import Connection, Row, text
 from headsearch.errors import UnknownStudyError
 from headsearch.search import outcomes
 from headsearch.search.database import LOCK_CLAIM, Database, translated
-from headsearch.search.outcomes import Outcome
 from headsearch.search.rungs import Standing, worthy
 from headsearch.search.sampling import distributions, make_sampler, propose
 from headsearch.search.studies import Study
@@ -126,6 +125,7 @@ class _Decision:
         decided.extend(outcomes.prune_paused(self.connection, self.study.study_id))
         if decided:
             return None
+        outcomes.fail_strays(self.database, self.connection, self.study)
         self._execute(
             "UPDATE headsearch.studies SET state = 'complete', completed_at = clock_timestamp() "
             "WHERE study_id = :study_id"
@@ -142,24 +142,25 @@ class _Decision:
     def _orphan(self, decided: list[int]) -> Claim | None:
         row = self._one(
             "SELECT number, losses, outcome, worker_id FROM headsearch.trials "
-            "WHERE study_id = :study_id AND state = 'running' AND lease_until < clock_timestamp() "
-            "ORDER BY epoch DESC, number LIMIT 1"
+            "WHERE study_id = :study_id AND state = 'running' "
+            "AND (lease_until < clock_timestamp() OR worker_id = :worker_id) "
+            "ORDER BY epoch DESC, number LIMIT 1 FOR UPDATE"
         )
         if row is None:
             return None
         if row.outcome is not None:
             decided.append(row.number)
             return None
-        # A worker that gave its trial back took its name off it; only the silent ones are losses.
-        losses = row.losses + (row.worker_id is not None)
+        # A worker that gave its trial back took its name off it, and one that asks for work holds none:
+        # the answer to its last claim was lost. Only the silent ones are losses.
+        losses = row.losses + (row.worker_id not in (None, self.names["worker_id"]))
         if losses >= self.spec.lease.max_attempts:
-            message = f"{losses} workers were lost while training it, the last {row.worker_id}"
             self._execute(
                 "UPDATE headsearch.trials SET losses = :losses, attempt = attempt + 1, "
                 "outcome = CAST(:outcome AS jsonb) WHERE study_id = :study_id AND number = :number",
                 number=row.number,
                 losses=losses,
-                outcome=json.dumps(Outcome("failed", reason="lost", message=message).__dict__),
+                outcome=outcomes.lost(losses, row.worker_id),
             )
             decided.append(row.number)
             return None
@@ -221,14 +222,6 @@ class _Decision:
                 params, seed = self._proposed(trial, {key for key, _ in known}), self.spec.seeds[0]
             else:
                 params, seed = fixed
-            for path, dist in distributions(self.spec).items():
-                if path in params and path not in trial.params:
-                    self.database.storage.set_trial_param(
-                        trial._trial_id,
-                        path,
-                        dist.to_internal_repr(params[path]),
-                        dist,
-                    )
         row = self._one(
             """
             INSERT INTO headsearch.trials
@@ -243,6 +236,17 @@ class _Decision:
             seed=seed,
             params=json.dumps(params),
         )
+        # After our row, which fails if the lock went with its connection: then another claim may have
+        # the same trial, and must not find our parameters on it.
+        with translated():
+            for path, dist in distributions(self.spec).items():
+                if path in params and path not in trial.params:
+                    self.database.storage.set_trial_param(
+                        trial._trial_id,
+                        path,
+                        dist.to_internal_repr(params[path]),
+                        dist,
+                    )
         assert row is not None  # noqa: S101
         return self._claim(row, "new")
 

@@ -11,8 +11,8 @@ from typing import Any
 import optuna
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, RDBStorage, get_storage
-from sqlalchemy import Connection, Engine, create_engine, make_url
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy import URL, Connection, Engine, create_engine, make_url
+from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError, OperationalError
 
 from headsearch.errors import DatabaseError
 
@@ -27,14 +27,31 @@ ENGINE_OPTIONS: dict[str, Any] = {
     "pool_size": 2,
     "max_overflow": 2,
     "pool_pre_ping": True,
+    # Claims decide by what others committed while they waited for the lock.
+    "isolation_level": "READ COMMITTED",
     "connect_args": {
         "connect_timeout": 10,
         "application_name": "headsearch",
         "keepalives_idle": 30,
         "keepalives_interval": 10,
         "keepalives_count": 3,
+        "tcp_user_timeout": 60_000,
     },
 }
+SERVER_OPTIONS = (
+    "-c idle_in_transaction_session_timeout=300000 "
+    "-c tcp_keepalives_idle=30 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3"
+)
+"""What the server does with a worker that stopped, or whose cable was cut, in the middle of a claim: its
+transaction, and with it the study's lock, ends. A sampler that thinks leaves the transaction idle, so
+the limit is minutes."""
+
+
+def engine_options(url: URL) -> dict[str, Any]:
+    """Options of an engine on `url`, which keeps the server options that it names itself."""
+    given = url.query.get("options", "")
+    options = f"{SERVER_OPTIONS} {given if isinstance(given, str) else ' '.join(given)}".strip()
+    return ENGINE_OPTIONS | {"connect_args": ENGINE_OPTIONS["connect_args"] | {"options": options}}
 
 
 @contextlib.contextmanager
@@ -51,10 +68,11 @@ def translated() -> Iterator[None]:
     """Turn what drivers and Optuna raise into a DatabaseError of one line, without the password."""
     try:
         yield
-    except OperationalError as error:
+    except (OperationalError, InterfaceError, InternalError) as error:
         raise DatabaseError(f"the database does not answer: {_first_line(error.orig)}") from error
     except DBAPIError as error:
-        raise DatabaseError(f"the database refused a statement: {_first_line(error.orig)}") from error
+        line = f"the database refused a statement: {_first_line(error.orig)}"
+        raise DatabaseError(line, transient=False) from error
     except optuna.exceptions.StorageInternalError as error:
         raise DatabaseError(f"Optuna's storage failed: {_first_line(error.__cause__)}") from error
 
@@ -68,8 +86,10 @@ class Database:
 
     def __init__(self, url: str) -> None:
         """`url` is a SQLAlchemy URL of a PostgreSQL database."""
-        self.url = make_url(url).set(drivername="postgresql+psycopg2").render_as_string(hide_password=False)
-        self.engine: Engine = create_engine(self.url, **ENGINE_OPTIONS)
+        address = make_url(url).set(drivername="postgresql+psycopg2")
+        self.url = address.render_as_string(hide_password=False)
+        self.options = engine_options(address)
+        self.engine: Engine = create_engine(self.url, **self.options)
 
     @contextlib.contextmanager
     def begin(self) -> Iterator[Connection]:
@@ -87,7 +107,7 @@ class Database:
         with quietly(), translated():
             plain = RDBStorage(
                 self.url,
-                engine_kwargs=ENGINE_OPTIONS,
+                engine_kwargs=self.options,
                 skip_compatibility_check=True,
                 skip_table_creation=True,
             )

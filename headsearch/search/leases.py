@@ -104,7 +104,14 @@ def arrive(database: Database, study: Study, claim: Claim) -> Literal["paused", 
     with database.begin() as connection:
         best = worthy(standings(connection, study, claim.stop_at), study.spec.pruning.eta)
         if claim.number in best:
-            _held(connection, study, claim, "rung = rung + 1")
+            # Named rather than counted up, so that saying it twice passes one rung.
+            _held(
+                connection,
+                study,
+                claim,
+                "rung = :passed",
+                passed=study.spec.rungs.index(claim.stop_at) + 1,
+            )
             return "go on"
     outcome = Outcome(
         "pruned",
@@ -132,7 +139,7 @@ def _held(connection: Connection, study: Study, claim: Claim, change: str, **val
     changed = connection.execute(
         text(
             f"UPDATE headsearch.trials SET {change} WHERE study_id = :study_id AND number = :number "  # noqa: S608
-            "AND attempt = :attempt AND state = 'running'"
+            "AND attempt = :attempt AND state = 'running' AND worker_id IS NOT NULL"
         ),
         {"study_id": study.study_id, "number": claim.number, "attempt": claim.attempt} | values,
     )

@@ -23,17 +23,20 @@ left as it is.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
+from pydantic import ValidationError
 from sqlalchemy import Connection, text
 
 from headsearch.errors import LeaseLost
 from headsearch.search.database import Database, quietly, translated
 from headsearch.search.studies import Study
+from headsearch.space import Params
 
 FinalState = Literal["complete", "pruned", "failed"]
 OPTUNA_STATES = {
@@ -73,7 +76,7 @@ def finish(database: Database, study: Study, number: int, attempt: int, outcome:
                 "AND state = 'running'"
             ),
             {
-                "outcome": json.dumps(asdict(outcome)),
+                "outcome": _storable(outcome),
                 "study_id": study.study_id,
                 "number": number,
                 "attempt": attempt,
@@ -82,6 +85,29 @@ def finish(database: Database, study: Study, number: int, attempt: int, outcome:
         if written.rowcount == 0:
             raise LeaseLost(f"trial {number}: another worker holds it now")
     tell_decided(database, study, number)
+
+
+def lost(losses: int, worker_id: str | None) -> str:
+    """The outcome, as our row holds it, of a trial that was lost too often."""
+    message = f"{losses} workers were lost while training it, the last {worker_id}"
+    return _storable(Outcome("failed", reason="lost", message=message))
+
+
+def fail_strays(database: Database, connection: Connection, study: Study) -> None:
+    """End trials that only Optuna has, in a study that is complete.
+
+    Optuna repeats the making of a trial when its answer was lost, so a claim may leave more than one.
+    """
+    strays = connection.scalars(
+        text(
+            "SELECT number FROM public.trials o WHERE study_id = :study_id AND state = 'RUNNING' "
+            "AND NOT EXISTS (SELECT 1 FROM headsearch.trials t WHERE t.trial_id = o.trial_id)"
+        ),
+        {"study_id": study.study_id},
+    ).all()
+    with quietly(), translated():
+        for number in strays:
+            database.optuna_study(study.name).tell(number, state=TrialState.FAIL, skip_if_finished=True)
 
 
 def prune_paused(connection: Connection, study_id: int) -> list[int]:
@@ -135,7 +161,7 @@ def tell_decided(database: Database, study: Study, number: int) -> None:
         "losses": row.losses,
         "reason": outcome["reason"],
         "message": outcome["message"],
-        "config": study.spec.trial_config(row.params, row.seed).model_dump(mode="json"),
+        "config": _config(study, row.params, row.seed),
     } | outcome["facts"]
     optuna_study = database.optuna_study(study.name)
     with quietly(), translated():
@@ -163,3 +189,23 @@ def tell_decided(database: Database, study: Study, number: int) -> None:
             ),
             {"study_id": study.study_id, "number": number},
         )
+
+
+def _config(study: Study, params: Params, seed: int) -> dict[str, Any]:
+    """The trial's configuration, or its bare parameters where they make none: that is why it failed."""
+    try:
+        return study.spec.trial_config(params, seed).model_dump(mode="json")
+    except ValidationError:
+        return dict(params)
+
+
+def _storable(outcome: Outcome) -> str:
+    """JSON that PostgreSQL takes: no NUL, no half of a surrogate pair, no number that is not finite."""
+    tree = asdict(outcome)
+    if outcome.message is not None:
+        tree["message"] = outcome.message.encode("utf-8", "replace").decode().replace("\0", "")
+    tree["facts"] = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in outcome.facts.items()
+    }
+    return json.dumps(tree, allow_nan=False)

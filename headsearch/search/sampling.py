@@ -36,8 +36,10 @@ from headsearch.search.database import quietly
 from headsearch.space import Choices, Params, Range, Space
 from headsearch.spec import SamplerSpec, StudySpec
 
-DRAWS = 64
-"""Proposals that may turn out to be known points before the unknown ones are listed."""
+DRAWS = 6
+"""Proposals that may turn out to be known points before one of the unknown is drawn evenly: a sampler that
+repeats itself this often has used up the part of the space that it likes, and each proposal reads all
+trials again."""
 
 
 def distribution(parameter: Choices | Range) -> BaseDistribution:
@@ -155,7 +157,9 @@ def _unknown(space: Space, trial: FrozenTrial, is_known: Callable[[Params], bool
         if left:
             return rng.choice(left)
 
-    def choose(_: str, parameter: Choices | Range) -> Any:
+    def choose(path: str, parameter: Choices | Range) -> Any:
+        if path in trial.params:
+            return trial.params[path]
         if parameter.values is not None:
             return rng.choice(parameter.values)
         return rng.uniform(float(parameter.low), float(parameter.high))

@@ -103,6 +103,7 @@ def test_the_options_are_these() -> None:
         "train": ["--device", "--json", "--seed", "--set", "--threads"],
         "dashboard": ["--auth-file", "--host", "--port", "--writable"],
         "doctor": ["--json"],
+        "study confirm": ["--device", "--seeds", "--threads", "--workers"],
         "study create": ["--no-check", "--set"],
         "study list": ["--json"],
         "study show": ["--json"],
