@@ -50,6 +50,9 @@ def _options(
 
 def main() -> None:
     """Run the command line and exit."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    # The commands that load data name the files left out; once in the log is enough, in one line.
+    logging.getLogger("headsearch.core.folder").setLevel(logging.ERROR)
     sys.exit(run(sys.argv[1:]))
 
 
@@ -58,9 +61,6 @@ def run(arguments: Sequence[str]) -> int:
 
     0 done, 1 something failed, 2 the input cannot be used, 130 interrupted.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    # The commands that load data name the files left out; once in the log is enough, in one line.
-    logging.getLogger("headsearch.core.folder").setLevel(logging.ERROR)
     code = 1
     try:
         code = _invoke(arguments)

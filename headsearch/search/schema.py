@@ -7,10 +7,6 @@ without checking it again. Migrations are numbered, run forward, and never edite
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Iterator
-
 from optuna.storages import RDBStorage
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
@@ -124,7 +120,7 @@ def migrate(database: Database) -> None:
             )
         # Optuna makes its tables over a connection of its own, while ours holds the lock.
         try:
-            with quietly(), _loggers_kept():
+            with quietly():
                 RDBStorage(database.url).engine.dispose()
         except (DBAPIError, RuntimeError) as error:
             raise DatabaseError(f"Optuna's tables cannot be made: {str(error).splitlines()[0]}") from None
@@ -141,24 +137,6 @@ def migrate(database: Database) -> None:
                 text("INSERT INTO headsearch.migrations (version, applied_by) VALUES (:version, :by)"),
                 {"version": number, "by": __version__},
             )
-
-
-@contextlib.contextmanager
-def _loggers_kept() -> Iterator[None]:
-    """Alembic's set-up, which Optuna runs when it makes its tables, silences every logger there is."""
-    before = {
-        logger: logger.disabled
-        for logger in logging.Logger.manager.loggerDict.values()
-        if isinstance(logger, logging.Logger)
-    }
-    root, handlers, level = logging.getLogger(), logging.getLogger().handlers[:], logging.getLogger().level
-    try:
-        yield
-    finally:
-        for logger, disabled in before.items():
-            logger.disabled = disabled
-        root.handlers[:] = handlers
-        root.setLevel(level)
 
 
 def _settle_search_path(connection: Connection) -> None:

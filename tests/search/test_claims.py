@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 
@@ -17,7 +16,6 @@ from headsearch.search import leases, outcomes, snapshot, studies
 from headsearch.search.claims import Claim, Idle, claim, point_key
 from headsearch.search.database import Database
 from headsearch.search.outcomes import Outcome
-from headsearch.search.schema import migrate
 
 pytestmark = pytest.mark.postgres
 
@@ -297,13 +295,3 @@ def test_the_database_keeps_the_order_of_the_space(database, make_study):
     assert list(studies.get(database, study.name).spec.space) == list(space)
     work = claim(database, study, "a", "cpu")
     assert list(work.params) == list(space)
-
-
-def test_making_the_tables_silences_nobody(database_url, caplog):
-    logger = logging.getLogger("headsearch.test_of_loggers")
-    opened = Database(database_url)
-    migrate(opened)
-    opened.close()
-    with caplog.at_level(logging.WARNING):
-        logger.warning("still heard")
-    assert "still heard" in caplog.messages
