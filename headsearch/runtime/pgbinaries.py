@@ -181,7 +181,7 @@ def _candidates() -> Iterator[Path]:
     on_path = shutil.which("postgres")
     if on_path:
         version = subprocess.run([on_path, "--version"], capture_output=True, text=True, check=False).stdout
-        if re.search(rf"\b{MAJOR}(\.|\b)", version):
+        if re.search(rf"\) {MAJOR}\b", version):  # not 15.18
             yield Path(on_path).resolve().parent
 
 

@@ -37,10 +37,30 @@ def test_server_never_runs_as_root(postgres_server) -> None:
     assert uids.real != 0
 
 
+@pytest.mark.parametrize(("version", "is_one"), [("18.4", True), ("15.18 (Debian 15.18-0+deb12u1)", False)])
+def test_a_server_on_the_path_counts_if_its_major_version_is_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, is_one: bool
+) -> None:
+    for name in pgbinaries._PROGRAMS:
+        program = tmp_path / name
+        program.write_text(f"#!/bin/sh\necho '{name} (PostgreSQL) {version}'\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(pgbinaries, "_WHEELS", ())
+    monkeypatch.setattr(pgbinaries, "_SYSTEM_FOLDERS", ())
+    if is_one:
+        assert pgbinaries.find_folder() == tmp_path.resolve()
+    else:
+        with pytest.raises(ServerError):
+            pgbinaries.find_folder()
+
+
 @as_root
-def test_ordinary_user(headsearch_home: Path) -> None:
+def test_ordinary_user(headsearch_home: Path, home_on_disk: Path) -> None:
     """Forked rather than spawned: the tests' Python may be in a place that only root may enter."""
     nobody = pwd.getpwnam("nobody")
+    user_of_server = pgbinaries.ServerUser(nobody.pw_uid, nobody.pw_gid, "nobody")
+    programs = pgbinaries.usable_binaries(user_of_server, home_on_disk).folder
     state_dir = headsearch_home / "postgres"
     state_dir.mkdir(mode=0o700)
     os.chown(state_dir, nobody.pw_uid, nobody.pw_gid)
@@ -48,6 +68,7 @@ def test_ordinary_user(headsearch_home: Path) -> None:
     if user == 0:
         status = 1
         try:
+            os.environ["HEADSEARCH_POSTGRES_BIN"] = str(programs)
             os.setgroups([])
             os.setgid(nobody.pw_gid)
             os.setuid(nobody.pw_uid)
