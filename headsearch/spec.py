@@ -145,12 +145,12 @@ class StudySpec(Config):
         object.__setattr__(self, "space", spaces.in_order(self.space))
         self._check_mode()
         self._check_paths()
-        self._check_budget()
         for params in itertools.islice(self._samples(), CHECKED_POINTS):
             try:
                 self.trial_config(params, self.seeds[0])
             except ValidationError as error:
                 raise ValueError(f"{explain(error, TrialConfig)}{self._where(params)}") from None
+        self._check_budget()
         return self
 
     def _check_mode(self) -> None:

@@ -57,7 +57,10 @@ def one_point(spec: StudySpec, overrides: Iterable[str] = (), *, seed: int | Non
     else:
         # Values decide which later parameters are active, so overrides go in while drawing.
         params = spaces.draw(spec.space, lambda path, p: chosen.get(path, _first(p)))
-    tree: dict[str, Any] = spec.trial_config(params, spec.seeds[0]).model_dump(mode="json")
+    try:
+        tree: dict[str, Any] = spec.trial_config(params, spec.seeds[0]).model_dump(mode="json")
+    except ValidationError as error:
+        raise SpecError(f"--set {explain(error, TrialConfig)}") from None
     fixed_kind = tree["head"]["kind"]
     if chosen.get("head.kind", fixed_kind) != fixed_kind:
         tree["head"] = {}

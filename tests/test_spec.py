@@ -201,6 +201,13 @@ def test_one_point_follows_its_overrides():
     assert (config.seed, config.training.epochs) == (5, 0)
     with pytest.raises(SpecError, match="no such field"):
         one_point(spec, ["head.kind=linear", "head.width=8"])
+    for wrong, says in [
+        ("head.kind=bogus", r"--set head\.kind: 'bogus' is not one of"),
+        ("head.projection_dim=0", r"--set head\.projection_dim: 0"),
+        ("data.normalization=z", r"--set data\.normalization: 'z' is not one of"),
+    ]:
+        with pytest.raises(SpecError, match=says):
+            one_point(spec, [wrong])
 
 
 def test_the_schema_documents_every_field():

@@ -137,7 +137,7 @@ def confirm(
 ) -> None:
     """Train a study's front again with fresh seeds, before you believe it.
 
-    Makes the study NAME-confirm and works on it here; interrupted, the same command goes on.
+    Makes the study NAME-confirm-SEEDS and works on it here; interrupted, the same command goes on.
     """
     from headsearch.cli.display import open_display
     from headsearch.report.confirmation import confirmation

@@ -14,7 +14,7 @@ from headsearch.report.fronts import front
 from headsearch.search.snapshot import Snapshot
 from headsearch.spec import StudySpec
 
-SUFFIX = "-confirm"
+LONGEST_NAME = 63
 
 
 def confirmation(snapshot: Snapshot, seeds: int) -> StudySpec:
@@ -31,10 +31,11 @@ def confirmation(snapshot: Snapshot, seeds: int) -> StudySpec:
         )
     if not best:
         raise InputError(f"study {spec.name!r}: no trial is complete, so there is no front to confirm")
+    suffix = f"-confirm-{seeds}"
     fresh = itertools.islice((seed for seed in itertools.count() if seed not in spec.seeds), seeds)
     return StudySpec.model_validate(
         {
-            "name": f"{spec.name[: 63 - len(SUFFIX)]}{SUFFIX}",
+            "name": f"{spec.name[: LONGEST_NAME - len(suffix)]}{suffix}",
             "question": f"Does the front of {spec.name} hold with fresh seeds?",
             "mode": "points",
             "points": [point.params for point in best],

@@ -82,9 +82,9 @@ def _image(figure: go.Figure, kind: str) -> bytes:
     try:
         drawn: bytes = figure.to_image(format=kind, width=900, height=560, scale=2)
     except Exception as error:  # kaleido and its browser raise many kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise WorldError(
-            f".{kind} needs the package kaleido and Chrome or Chromium ({reason}); use a name ending in .html"
+            f".{kind} needs Chrome or Chromium and the package kaleido (pip install kaleido); "
+            "use a name ending in .html"
         ) from error
     return drawn
 

@@ -18,6 +18,9 @@ from headsearch.search.studies import Study
 from headsearch.space import Params
 from headsearch.spec import StudySpec
 
+FEW_IMAGES = 200
+"""Validation images below which a front says how coarse its accuracies are."""
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -144,6 +147,17 @@ def captions(snapshot: Snapshot) -> list[str]:
         + ("; ± is their standard deviation" * (len(spec.seeds) > 1)),
         f"{len(snapshot.trials)} of {spec.trials} trials: {shown or 'none begun'}; {_epochs(snapshot)}",
     ]
+    sizes = next((t.facts for t in snapshot.complete if "validation_images" in t.facts), None)
+    if sizes:
+        held_out = sizes["validation_images"]
+        lines.append(
+            f"{sizes['train_images']:,} training, {held_out:,} validation, "
+            f"{sizes['test_images']:,} test images"
+        )
+        if held_out < FEW_IMAGES:
+            lines.append(
+                f"one validation image is {1 / held_out:.1%}: the best of many is optimistic by more"
+            )
     if any(point.n < len(spec.seeds) for point in front(snapshot)):
         lines.append(
             "some points lack seeds (pruned, failed or to come): their means rest on the seeds that are left"

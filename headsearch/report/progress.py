@@ -31,7 +31,7 @@ def _of_trial(old: TrialRow | None, new: TrialRow, snapshot: Snapshot) -> Iterat
             passed = [rung for rung in spec.rungs if old.epoch <= rung <= new.epoch]
             # A trial may reach its rung and be promoted between two snapshots.
             promoted = old.state == "paused" or (passed and new.losses == old.losses)
-            since = passed[0] if passed and promoted else old.epoch
+            since = passed[-1] if passed and promoted else old.epoch
             yield f"{label} {'promoted: goes on' if promoted else 'taken up again'} after epoch {since}"
     if new.epoch > (old.epoch if old else 0) and new.state in ("running", "orphaned", "paused"):
         yield f"{label} epoch {new.epoch}/{spec.budget.epochs}: {_report(new)}"
@@ -40,7 +40,8 @@ def _of_trial(old: TrialRow | None, new: TrialRow, snapshot: Snapshot) -> Iterat
     if new.state == "paused":
         yield f"{label} paused at epoch {new.epoch}"
     elif new.state == "orphaned":
-        yield f"{label} orphaned: its lease ran out; a free worker takes it over"
+        why = "its lease ran out" if new.worker_id else "given back by its worker"
+        yield f"{label} orphaned: {why}; a free worker takes it over"
     elif new.state == "complete":
         test = "" if new.test_accuracy is None else f", test {new.test_accuracy:.4f}"
         yield (

@@ -134,8 +134,8 @@ def _same(study: Study, spec: StudySpec) -> Study:
     changed = differences(study.spec, spec)
     shown = "; ".join(changed[:6]) + (f"; and {len(changed) - 6} more" if len(changed) > 6 else "")
     raise StudyExistsError(
-        f"name: study {spec.name!r} exists with another spec ({shown}); give this one another name, or "
-        f"delete that one: headsearch study delete {spec.name}"
+        f"name: study {spec.name!r} exists with another spec ({shown}); give this one another name "
+        f"(--set name=...), or delete that one: headsearch study delete {spec.name}"
     )
 
 

@@ -14,7 +14,7 @@ def test_the_front_is_trained_whole_with_fresh_seeds():
     trials = (trial(0, dim=2, acc=0.4), trial(1, dim=8, acc=0.6), trial(2, dim=16, acc=0.5))
     seen = snapshot(*trials, state="complete", seeds=[1, 3], base={"encoder.width": 8})
     made = confirmation(seen, 3)
-    assert made.name == "made-up-confirm"
+    assert made.name == "made-up-confirm-3"
     assert made.seeds == (0, 2, 4)
     assert [point["head.projection_dim"] for point in made.points] == [2, 8]
     assert (made.trials, made.rungs, made.budget.epochs) == (6, (), 12)

@@ -85,7 +85,7 @@ def test_without_a_browser_the_error_names_html(tmp_path: Path, monkeypatch: pyt
         raise RuntimeError("Kaleido requires Google Chrome\nto be installed.")
 
     monkeypatch.setattr(go.Figure, "to_image", fail)
-    with pytest.raises(WorldError, match=r"requires Google Chrome.*use a name ending in \.html") as caught:
+    with pytest.raises(WorldError, match=r"needs Chrome or Chromium.*use a name ending in \.html") as caught:
         save_figure(front_figure(read()), tmp_path / "front.png")
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []

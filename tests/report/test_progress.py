@@ -53,6 +53,8 @@ def test_reports_become_the_last_ones_line() -> None:
          "trial 3 failed (collapsed): epoch 3: flat"),
         (running(epoch=2), trial(3, "orphaned", epoch=2),
          "trial 3 orphaned: its lease ran out; a free worker takes it over"),
+        (running(epoch=2), trial(3, "orphaned", epoch=2, worker_id=None),
+         "trial 3 orphaned: given back by its worker; a free worker takes it over"),
     ],
 )  # fmt: skip
 def test_each_change_of_state_has_its_line(old, new, line: str) -> None:
