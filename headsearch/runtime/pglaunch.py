@@ -48,8 +48,9 @@ def launch(folder: StateFolder, lock: FileLock) -> None:
     user = server_user(folder.data_dir)
     _check_reach(folder, user)
     binaries = usable_binaries(user, folder.path)
+    _remove_leftovers(folder)
     if not folder.data_dir.exists():
-        _make_cluster(folder, binaries)
+        _make_cluster(folder, binaries, lock)
     if folder.version != str(MAJOR):
         raise ServerError(
             f"{folder.data_dir} was made by PostgreSQL {folder.version or '?'}, this is "
@@ -102,9 +103,14 @@ def _check_reach(folder: StateFolder, user: ServerUser) -> None:
         )
 
 
-def _make_cluster(folder: StateFolder, binaries: Binaries) -> None:
+def _remove_leftovers(folder: StateFolder) -> None:
+    """Delete what first starts that were killed left behind; nothing writes there while we hold server.lock."""
     for leftover in folder.path.glob("pgdata.*"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _make_cluster(folder: StateFolder, binaries: Binaries, lock: FileLock) -> None:
+    """Make the data folder. initdb inherits server.lock: it outlives a killed starter, and the next waits for it."""
     workspace = Path(tempfile.mkdtemp(prefix="pgdata.", dir=folder.path))
     try:
         password_file = workspace / "password"
@@ -113,7 +119,7 @@ def _make_cluster(folder: StateFolder, binaries: Binaries) -> None:
             os.chown(path, binaries.user.uid, binaries.user.gid)
         arguments = ["-D", str(workspace / "data"), "-U", pgroles.OWNER, f"--pwfile={password_file}"]
         arguments += ["-A", "scram-sha-256", "-E", "UTF8", "--locale=C", "--no-instructions"]
-        done = binaries.run("initdb", arguments, timeout=RECOVERY_SECONDS)
+        done = binaries.run("initdb", arguments, pass_fds=[lock.fd], timeout=RECOVERY_SECONDS)
         if done.returncode:
             raise ServerError(f"PostgreSQL's initdb failed: {_reason(done.stdout)}")
         (workspace / "data").rename(folder.data_dir)
