@@ -104,13 +104,13 @@ def _check_reach(folder: StateFolder, user: ServerUser) -> None:
 
 
 def _remove_leftovers(folder: StateFolder) -> None:
-    """Delete what first starts that were killed left behind; nothing writes there while we hold server.lock."""
+    """Delete what killed first starts left behind; nothing writes there while we hold server.lock."""
     for leftover in folder.path.glob("pgdata.*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _make_cluster(folder: StateFolder, binaries: Binaries, lock: FileLock) -> None:
-    """Make the data folder. initdb inherits server.lock: it outlives a killed starter, and the next waits for it."""
+    """Make the data folder. initdb inherits server.lock, so that the next start waits for an orphaned one."""
     workspace = Path(tempfile.mkdtemp(prefix="pgdata.", dir=folder.path))
     try:
         password_file = workspace / "password"
