@@ -65,7 +65,7 @@ def _path(loc: tuple[int | str, ...]) -> str:
     for item in loc:
         tag = isinstance(item, str) and (item.startswith("<") or item in _SCALARS)
         # A discriminated union puts its tag after the field's name.
-        if tag or (parts and parts[-1] == "head" and item in _HEAD_KINDS):
+        if tag or (parts and item in _KINDS.get(parts[-1], ())):
             continue
         parts.append(str(item))
     return ".".join(parts)
@@ -79,9 +79,12 @@ def _message(detail: Any, path: str, root: type[BaseModel]) -> str:
         return f"{path}.{text}" if path.startswith("space.") and not text.startswith("space.") else text
     if kind == "extra_forbidden":
         *tables, key = path.split(".")
-        head = next((item for item in detail["loc"] if item in _HEAD_KINDS), None)
-        if tables == ["head"] and head and key in _names_at(root, tables):
-            return f"{path}: head kind {head!r} has no such field; give it only where it applies, with `when`"
+        table = tables[0] if len(tables) == 1 else ""
+        kind = next((item for item in detail["loc"] if item in _KINDS.get(table, ())), None)
+        if kind and key in _names_at(root, tables):
+            return (
+                f"{path}: {table} kind {kind!r} has no such field; give it only where it applies, with `when`"
+            )
         return (
             f"{path}: unknown key; {'.'.join(tables) or 'here'} takes {guess(key, _names_at(root, tables))}"
         )
@@ -115,4 +118,9 @@ def _names_at(root: type[BaseModel], tables: list[str]) -> list[str]:
 _SCALARS = frozenset(
     {"bool", "int", "float", "str", "constrained-str", "tuple[union[bool,int,float,str],...]"}
 )
-_HEAD_KINDS = frozenset({"mlp", "autoencoder", "linear", "none"})
+_KINDS = {
+    "head": frozenset({"mlp", "autoencoder", "sparse", "reweight", "linear", "none"}),
+    "objective": frozenset({"nt-xent", "barlow-twins"}),
+    "scheme": frozenset({"joint", "alternating"}),
+}
+"""Tags that discriminated unions put after their field's name."""

@@ -29,6 +29,8 @@ SET_ELSEWHERE = {
     "protocol": "the study's own protocol sets it",
 }
 CHECKED_POINTS = 5000
+SCORES_TEST: frozenset[Protocol] = frozenset({"schliebitz2024"})
+"""Protocols whose selection split is made of test images."""
 VARIABLE_DATA_FIELDS = ("data.normalization", "data.image_size")
 
 
@@ -96,7 +98,9 @@ class StudySpec(Config):
     """What the front is made of. Accuracy is maximised, the others minimised."""
     protocol: Protocol = "holdout"
     """How accuracy is measured: `holdout` steers by a validation split of the training data and scores
-    the test split once, at a trial's end."""
+    the test split once, at a trial's end. `ouyang2025` does so with that paper's probe, trained along with
+    the encoder. `schliebitz2024` trains, selects and scores that paper's probe on 70, 10 and 20 % of the test
+    split, so it cannot steer a search."""
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] = Field(default=(0,), min_length=1)
     """Every point is trained once with each."""
     budget: Budget
@@ -158,6 +162,11 @@ class StudySpec(Config):
             raise ValueError("points: mode 'points' lists them under points and has no space")
         if self.mode != "points" and self.points:
             raise ValueError(f"points: only with mode = 'points', not {self.mode!r}")
+        if self.protocol in SCORES_TEST and (self.mode == "search" or self.rungs):
+            raise ValueError(
+                f"protocol: {self.protocol!r} selects on images of the test split, which must not steer: use "
+                "mode 'grid' or 'points', without budget.rungs"
+            )
         if self.mode != "points" and not self.space:
             raise ValueError(f"space: mode {self.mode!r} needs at least one parameter")
 
@@ -235,15 +244,17 @@ class StudySpec(Config):
         listed = [dict(p) for p in self.points] if self.mode == "points" else list(spaces.points(self.space))
         return [(point, seed) for seed in self.seeds for point in listed]
 
-    def trial_config(self, params: Params, seed: int) -> TrialConfig:
-        """The configuration of one trial: base, then the point, then what the study itself sets."""
+    def trial_tree(self, params: Params, seed: int) -> dict[str, Any]:
+        """What is given of a trial's configuration: base, then the point, then what the study itself sets."""
         tree: dict[str, Any] = json.loads(json.dumps(self.base))
         for path, value in params.items():
             set_path(tree, path, value)
         set_path(tree, "training.epochs", self.budget.epochs)
-        # The default head's kind, where only its fields are given.
-        tree.setdefault("head", {}).setdefault("kind", "mlp")
-        return TrialConfig.model_validate({**tree, "seed": seed, "protocol": self.protocol})
+        return {**tree, "seed": seed, "protocol": self.protocol}
+
+    def trial_config(self, params: Params, seed: int) -> TrialConfig:
+        """The configuration of one trial."""
+        return TrialConfig.model_validate(self.trial_tree(params, seed))
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, defaults written out."""

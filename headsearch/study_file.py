@@ -13,6 +13,7 @@ from headsearch import space as spaces
 from headsearch.config import TrialConfig, set_path
 from headsearch.errors import SpecError
 from headsearch.fields import explain, guess
+from headsearch.recipes import KIND_DEFAULTS
 from headsearch.spec import StudySpec
 
 
@@ -57,13 +58,11 @@ def one_point(spec: StudySpec, overrides: Iterable[str] = (), *, seed: int | Non
     else:
         # Values decide which later parameters are active, so overrides go in while drawing.
         params = spaces.draw(spec.space, lambda path, p: chosen.get(path, _first(p)))
-    try:
-        tree: dict[str, Any] = spec.trial_config(params, spec.seeds[0]).model_dump(mode="json")
-    except ValidationError as error:
-        raise SpecError(f"--set {explain(error, TrialConfig)}") from None
-    fixed_kind = tree["head"]["kind"]
-    if chosen.get("head.kind", fixed_kind) != fixed_kind:
-        tree["head"] = {}
+    tree = spec.trial_tree(params, spec.seeds[0])
+    for table in KIND_DEFAULTS:
+        given = tree.get(table, {}).get("kind")
+        if given and chosen.get(f"{table}.kind", given) != given:
+            tree[table] = {}  # the other kind's fields
     for path, value in chosen.items():
         set_path(tree, path, value)
     if seed is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from headsearch.config import TrialConfig
+from headsearch.recipes import KIND_DEFAULTS
 from headsearch.spec import StudySpec
 
 
@@ -13,10 +14,11 @@ def study_schema() -> dict[str, Any]:
     schema = StudySpec.model_json_schema()
     trial = TrialConfig.model_json_schema()
     definitions = schema.setdefault("$defs", {}) | trial.pop("$defs", {})
-    # A table under base may leave its kind to the space, so it may fit several kinds of head.
-    head = trial["properties"]["head"]
-    head["anyOf"] = head.pop("oneOf")
-    head.pop("discriminator", None)
+    # A table under base may leave its kind to the space, so it may fit several kinds.
+    for table in KIND_DEFAULTS:
+        schemas = trial["properties"][table]
+        schemas["anyOf"] = schemas.pop("oneOf")
+        schemas.pop("discriminator", None)
     definitions["TrialConfig"] = trial
     base = schema["properties"]["base"]
     schema["properties"]["base"] = {

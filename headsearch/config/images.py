@@ -1,0 +1,78 @@
+"""Images and the views that are drawn of them."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from headsearch.config.part import Config, Fraction
+
+DatasetName = Literal[
+    "digits", "cifar10", "cifar100", "stl10", "fashion-mnist", "imagenette", "fgvc-aircraft", "folder"
+]
+Normalization = Literal["none", "zscore", "zscore-schliebitz2024"]
+
+
+class DataConfig(Config):
+    """Which images, at which size, and how they are split."""
+
+    name: DatasetName = "digits"
+    """`digits` needs no download; `folder` reads `train/<class>/*` and `test/<class>/*` under `root`."""
+    root: str | None = None
+    """Folder that holds the data. A relative path is looked up under $HEADSEARCH_DATA, else under the
+    working directory. Without one, torchvision's data sets are kept in the headsearch home."""
+    download: bool = False
+    """Fetch a torchvision data set that is not under `root` yet."""
+    image_size: int | None = Field(default=None, ge=4, le=1024)
+    """Side in pixels that images are resized to when decoded; none keeps the data set's own size
+    (a folder's is the size of its first image's shorter side)."""
+    limit: int | None = Field(default=None, ge=2)
+    """Use at most this many training images, drawn evenly from the classes and the same for every trial."""
+    validation_fraction: float = Field(default=0.1, gt=0.0, lt=1.0)
+    """Share of the training data that is held out, stratified by class, to steer the search. Fixed by
+    the data set, not by a trial's seed."""
+    normalization: Normalization = "none"
+    """`none` keeps pixels in [0, 1]; `zscore` subtracts each channel's mean and divides by its standard
+    deviation, both taken from the training images; `zscore-schliebitz2024` takes means over images of each
+    image's own two figures, validation images included, as that paper does."""
+    max_unreadable_fraction: Fraction = 0.01
+    """A folder with a larger share of unreadable images is refused; fewer are left out and named."""
+
+    @model_validator(mode="after")
+    def _folder_has_root(self) -> Self:
+        if self.name == "folder" and self.root is None:
+            raise ValueError("data.root: name the folder that holds train/<class>/* and test/<class>/*")
+        return self
+
+
+class ViewsConfig(Config):
+    """How two views of an image are drawn (SimCLR, Chen et al. 2020, appendix A)."""
+
+    crop_scale_min: float = Field(default=0.2, gt=0.0, le=1.0)
+    """Smallest share of the image's area that a crop covers (largest: 1). Aspect ratio 3/4 to 4/3."""
+    flip_probability: Fraction = 0.5
+    """Probability of a horizontal flip."""
+    jitter_strength: float = Field(default=0.5, ge=0.0, le=2.0)
+    """s of SimCLR: multiplies the four ranges below."""
+    brightness: float = Field(default=0.8, ge=0.0, le=2.0)
+    """Factors are drawn from 1 - b to 1 + b, where b is this times `jitter_strength`."""
+    contrast: float = Field(default=0.8, ge=0.0, le=2.0)
+    """Likewise."""
+    saturation: float = Field(default=0.8, ge=0.0, le=2.0)
+    """Likewise; solo-learn's Barlow Twins has half of the others'."""
+    hue: float = Field(default=0.2, ge=0.0, le=0.5)
+    """Turns of the colour wheel, up to this times `jitter_strength` to either side. The four operations
+    come in random order."""
+    jitter_probability: Fraction = 0.8
+    """Probability that a view's colours are jittered at all."""
+    grayscale_probability: Fraction = 0.2
+    """Probability that a view loses its colour."""
+    blur_probability: Fraction = 0.0
+    """Probability of a Gaussian blur with sigma drawn from U(0.1, 2) and a kernel of a tenth of the image."""
+    solarize_probability: Fraction = 0.0
+    """Probability that pixels of at least half the brightness are inverted."""
+    second_blur_probability: Fraction | None = None
+    """`blur_probability` of the second view; none: that of the first."""
+    second_solarize_probability: Fraction | None = None
+    """`solarize_probability` of the second view; none: that of the first."""

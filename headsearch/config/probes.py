@@ -1,0 +1,58 @@
+"""How the autoencoder is trained and how accuracy is measured."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from headsearch.config.part import Config
+
+Protocol = Literal["holdout", "schliebitz2024", "ouyang2025"]
+
+
+class AutoencoderConfig(Config):
+    """How the autoencoder of head kind `autoencoder` is trained (Schliebitz et al. 2024).
+
+    Linear(pixels, hidden)-ReLU-Linear(hidden, E) and back with a sigmoid at the end, mean squared error,
+    Adam, learning rate halved on a plateau of the validation loss, best validation checkpoint kept.
+    """
+
+    epochs: int = Field(default=100, ge=1)
+    """Passes over the training images."""
+    batch_size: int = Field(default=100, ge=1)
+    """Images a step."""
+    learning_rate: float = Field(default=1e-4, gt=0.0)
+    """Of Adam, at the start."""
+    plateau_patience: int = Field(default=10, ge=0)
+    """Epochs without a better validation loss before the learning rate is halved."""
+    seed: int = Field(default=0, ge=0)
+    """Own seed, so that all trials share one autoencoder whatever theirs is."""
+
+
+class ProbeConfig(Config):
+    """Linear probe on frozen features: L2-penalised logistic regression, unless the protocol has its own."""
+
+    penalties: tuple[Annotated[float, Field(gt=0.0)], ...] = Field(
+        default=(1e-5, 1e-4, 1e-3, 1e-2, 1e-1), min_length=1
+    )
+    """L2 penalties that the final probe tries; the validation split chooses."""
+    iterations: int = Field(default=200, ge=1)
+    """L-BFGS iterations of the final probe, at most."""
+    report_images: int = Field(default=2048, ge=2)
+    """Training images, and at most as many validation images, that the per-epoch report's probe uses."""
+    report_iterations: int = Field(default=30, ge=1)
+    """L-BFGS iterations of the report's probe."""
+    report_penalty: float = Field(default=1e-3, gt=0.0)
+    """L2 penalty of the report's probe."""
+    layers: bool = False
+    """Also probe every layer of the head: the features, hidden layers and projections."""
+    measures: bool = True
+    """Report alignment, uniformity, kNN accuracy, inactive head units and bounds on information too."""
+    online_learning_rate: float = Field(default=0.1, gt=0.0)
+    """Per 256 images, of the probe that protocol `ouyang2025` trains along with the encoder, on detached
+    features and without decay."""
+    offline_learning_rate: float = Field(default=0.3, gt=0.0)
+    """Per 256 images, of the probe that protocol `ouyang2025` trains on the frozen encoder."""
+    offline_epochs: int = Field(default=50, ge=1)
+    """Passes of that probe over the training images, cropped and flipped."""

@@ -1,0 +1,226 @@
+"""Recipes by name, and how names become parts of a trial's configuration.
+
+A recipe is everything around a head as its authors have it: views, encoder, loss scale, temperature,
+optimizer, batch, and their own head. Libraries differ in loss scale, batch norm in the head, temperature,
+jitter strength and blur, so that every recipe of theirs pins all five.
+
+In a configuration the recipe comes first, the system over it, and what is given beside them over both. A
+table of another ``kind`` replaces one whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from headsearch.fields import guess
+from headsearch.systems import LIGHTLY_HEAD, SYSTEMS, Tree
+
+KIND_DEFAULTS: Final = {"head": "mlp", "objective": "nt-xent", "scheme": "joint"}
+"""Kinds of tables that come in several, where none is given."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A published way of pretraining."""
+
+    source: str
+    epochs: int
+    """What its authors train; a study's budget decides."""
+    what: str
+    tree: Tree
+
+
+_FULL_VIEWS: Tree = {
+    "crop_scale_min": 0.08,
+    "flip_probability": 0.5,
+    "jitter_strength": 1.0,
+    "jitter_probability": 0.8,
+    "grayscale_probability": 0.2,
+    "blur_probability": 0.5,
+}
+_HALF_VIEWS: Tree = {**_FULL_VIEWS, "jitter_strength": 0.5, "blur_probability": 0.0}
+_BARLOW_VIEWS: Tree = {**_HALF_VIEWS, "saturation": 0.4}
+_SOLO_LARS: Tree = {
+    "name": "lars",
+    "momentum": 0.9,
+    "weight_decay": 1e-4,
+    "trust_coefficient": 0.02,
+    "clip": True,
+    "warmup_epochs": 10,
+    "warmup_start": 3e-5,
+    "final_learning_rate_ratio": 0.0,
+}
+
+
+def _solo(rate: float, views: Tree, system: str, *, batch: int, probe: float, stem: str, **head: Any) -> Tree:
+    tree = SYSTEMS[system].tree
+    return {
+        "views": views,
+        "encoder": {"name": "resnet18", "stem": stem},
+        "head": {**tree["head"], **head},
+        "objective": tree["objective"],
+        "optimizer": {**_SOLO_LARS, "learning_rate": rate},
+        "training": {"batch_size": batch},
+        "probe": {"online_learning_rate": probe},
+    }
+
+
+RECIPES: Mapping[str, Recipe] = {
+    "schliebitz2024": Recipe(
+        "Schliebitz et al. 2024",
+        150,
+        "ResNet-34 from ImageNet weights, SGD; batch 1280 on CIFAR, 500 STL-10, 666 Aircraft, 392 Imagenette",
+        {
+            "views": _FULL_VIEWS,
+            "encoder": {"name": "resnet34", "stem": "imagenet", "pretrained": True},
+            "head": SYSTEMS["schliebitz2024-mlp"].tree["head"],
+            "objective": {"kind": "nt-xent", "temperature": 0.5, "scale": 1.0},
+            "optimizer": {
+                "name": "sgd",
+                "learning_rate": 0.3,
+                "momentum": 0.9,
+                "weight_decay": 1e-5,
+                "decay_all": True,
+                "warmup_epochs": 0.0,
+                "final_learning_rate_ratio": 0.02,
+                "schedule": "epoch",
+            },
+            "training": {"batch_size": 1280, "precision": "fp32", "keep": "best_validation_loss"},
+        },
+    ),
+    "ouyang2025-simclr-cifar": Recipe(
+        "Ouyang et al. 2025",
+        200,
+        "ResNet-18, LARS with clipping; solo-learn's recipe, which has 1,000 epochs",
+        _solo(0.4, _FULL_VIEWS, "ouyang2025-simclr", batch=256, probe=0.1, stem="cifar-pad2"),
+    ),
+    "ouyang2025-barlow-cifar": Recipe(
+        "Ouyang et al. 2025",
+        200,
+        "ResNet-18, LARS with clipping; solo-learn's recipe, which has 1,000 epochs",
+        _solo(
+            0.3,
+            {**_BARLOW_VIEWS, "second_solarize_probability": 0.2},
+            "barlow-twins",
+            batch=256,
+            probe=0.15,
+            stem="cifar-pad2",
+        ),
+    ),
+    "ouyang2025-simclr-imagenet100": Recipe(
+        "Ouyang et al. 2025",
+        100,
+        "ResNet-18 at 224 pixels, batch 2 x 128; the two GPUs' batches are one here",
+        _solo(
+            0.3,
+            _FULL_VIEWS,
+            "ouyang2025-simclr",
+            batch=256,
+            probe=0.1,
+            stem="imagenet",
+            width=4096,
+            projection_dim=512,
+        ),
+    ),
+    "ouyang2025-barlow-imagenet100": Recipe(
+        "Ouyang et al. 2025",
+        100,
+        "ResNet-18 at 224 pixels, batch 2 x 256; the two GPUs' batches are one here",
+        _solo(
+            0.3,
+            {
+                **_BARLOW_VIEWS,
+                "blur_probability": 1.0,
+                "second_blur_probability": 0.1,
+                "second_solarize_probability": 0.2,
+            },
+            "barlow-twins",
+            batch=512,
+            probe=0.1,
+            stem="imagenet",
+        ),
+    ),
+    "google-research-cifar10": Recipe(
+        "google-research/simclr",
+        1000,
+        "ResNet-18, LARS, loss a sum of two means, no blur; crops bilinear here, bicubic there",
+        {
+            "views": _HALF_VIEWS,
+            "encoder": {"name": "resnet18", "stem": "cifar"},
+            "head": SYSTEMS["google-research-3"].tree["head"],
+            "objective": {"kind": "nt-xent", "temperature": 0.5, "scale": 2.0},
+            "optimizer": {
+                "name": "lars",
+                "learning_rate": 1.0,
+                "momentum": 0.9,
+                "weight_decay": 1e-4,
+                "trust_coefficient": 1e-3,
+                "warmup_epochs": 10,
+            },
+            "training": {"batch_size": 512},
+        },
+    ),
+    "solo-learn-cifar": Recipe(
+        "solo-learn",
+        1000,
+        "ResNet-18, LARS with clipping, full jitter and blur; crops bilinear here, bicubic there",
+        _solo(0.4, _FULL_VIEWS, "ouyang2025-simclr", batch=256, probe=0.1, stem="cifar-pad2"),
+    ),
+    "lightly-cifar10": Recipe(
+        "lightly",
+        200,
+        "its CIFAR-10 benchmark: ResNet-18, SGD, half jitter, no blur",
+        {
+            "views": _HALF_VIEWS,
+            "encoder": {"name": "resnet18", "stem": "cifar"},
+            "head": LIGHTLY_HEAD,
+            "objective": {"kind": "nt-xent", "temperature": 0.5, "scale": 1.0},
+            "optimizer": {
+                "name": "sgd",
+                "learning_rate": 0.12,
+                "momentum": 0.9,
+                "weight_decay": 5e-4,
+                "decay_all": True,
+                "warmup_epochs": 0.0,
+            },
+            "training": {"batch_size": 128},
+        },
+    ),
+}
+
+
+def unknown(field: str, name: str) -> str | None:
+    """What to say of a system or recipe that there is none of; None where there is."""
+    known = SYSTEMS if field == "system" else RECIPES
+    return None if name in known else f"{field}: {name!r} is not one of {guess(name, known)}"
+
+
+def expanded(raw: Mapping[str, Any]) -> Tree:
+    """`raw`, part of a trial's configuration, over what its recipe and system set, kinds filled in."""
+    tree: Tree = {}
+    recipe, system = RECIPES.get(_name(raw, "recipe")), SYSTEMS.get(_name(raw, "system"))
+    for part in (recipe.tree if recipe else {}, system.tree if system else {}, raw):
+        tree = _over(tree, part)
+    for table, kind in KIND_DEFAULTS.items():
+        if isinstance(tree.get(table), dict):
+            tree[table] = {"kind": kind, **tree[table]}
+    return tree
+
+
+def _name(raw: Mapping[str, Any], key: str) -> str:
+    name = raw.get(key)
+    return name if isinstance(name, str) else ""
+
+
+def _over(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> Tree:
+    merged = dict(lower)
+    for key, value in upper.items():
+        below = merged.get(key)
+        merged[key] = value
+        if isinstance(below, dict) and isinstance(value, dict):
+            kind = below.get("kind")
+            if value.get("kind", kind) == kind:
+                merged[key] = _over(below, value)
+    return merged

@@ -1,0 +1,141 @@
+"""Names of systems and recipes in a configuration: what overrides what."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from headsearch.config import AlternatingScheme, BarlowTwinsObjective, MlpHead, NoHead, TrialConfig
+from headsearch.errors import SpecError
+from headsearch.recipes import RECIPES
+from headsearch.spec import StudySpec
+from headsearch.study_file import one_point, parse_study
+from headsearch.systems import SYSTEMS
+
+
+def config(**tree: object) -> TrialConfig:
+    return TrialConfig.model_validate(tree)
+
+
+def test_what_is_given_beside_a_name_overrides_it() -> None:
+    made = config(system="solo-learn", head={"projection_dim": 8})
+    assert made.head == MlpHead(width=2048, projection_dim=8)
+    assert config(recipe="lightly-cifar10", views={"jitter_strength": 1.0}).views.jitter_strength == 1.0
+
+
+def test_system_overrides_recipe() -> None:
+    made = config(recipe="lightly-cifar10", system="barlow-twins")
+    assert isinstance(made.objective, BarlowTwinsObjective)
+    assert made.head.projection_dim == 2048
+    assert made.optimizer.learning_rate == 0.12
+
+
+def test_another_kind_replaces_the_table_whole() -> None:
+    assert config(system="solo-learn", head={"kind": "none"}).head == NoHead()
+    made = config(system="gupta2022-alternating", scheme={"kind": "joint"})
+    assert made.scheme.kind == "joint"
+    assert isinstance(config(system="gupta2022-alternating").scheme, AlternatingScheme)
+
+
+def test_kinds_have_defaults() -> None:
+    made = config(head={"width": 7}, objective={"temperature": 0.1}, scheme={"steps_per_batch": 2})
+    assert (made.head.kind, made.objective.kind, made.scheme.kind) == ("mlp", "nt-xent", "joint")
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_written_out_a_system_is_the_same(name: str) -> None:
+    made = config(system=name)
+    assert TrialConfig.model_validate(made.model_dump(mode="json")) == made
+
+
+def test_objects_are_taken_as_they_are() -> None:
+    assert TrialConfig(head=NoHead(), recipe="lightly-cifar10").head == NoHead()
+
+
+STUDY = {
+    "name": "s",
+    "mode": "grid",
+    "budget": {"epochs": 20},
+    "space": {"system": ["simclr", "barlow-twins"], "head.projection_dim": [8, 16]},
+}
+
+
+def test_a_space_may_vary_the_system() -> None:
+    spec = StudySpec.model_validate(STUDY)
+    made = [spec.trial_config(params, seed) for params, seed in spec.cells()]
+    assert [(one.objective.kind, one.head.projection_dim) for one in made] == [
+        ("nt-xent", 8), ("nt-xent", 16), ("barlow-twins", 8), ("barlow-twins", 16),
+    ]  # fmt: skip
+
+
+def test_one_point_takes_another_system() -> None:
+    spec = StudySpec.model_validate(STUDY)
+    assert one_point(spec, ["system=solo-learn"]).head.width == 2048
+    assert one_point(spec, ["head.kind=linear"]).head.kind == "linear"
+    assert one_point(spec, ["objective.kind=barlow-twins"]).objective.kind == "barlow-twins"
+
+
+def refused(**changes: object) -> str:
+    with pytest.raises(SpecError) as caught:
+        parse_study(STUDY | changes, source="file")
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_unknown_names_are_explained() -> None:
+    assert "system: 'simclrr' is not one of" in (said := refused(space={"system": ["simclrr"]}))
+    assert "did you mean simclr?" in said
+    assert "recipe: 'lightly' is not one of" in refused(base={"recipe": "lightly"})
+
+
+@pytest.mark.parametrize(
+    ("base", "expected"),
+    [
+        ({"head": {"levels": 1}}, "head.levels: 1 level holds no information"),
+        ({"head": {"kind": "sparse", "latents": 10, "k": 11}}, "head.k: 11 is more than head.latents = 10"),
+        ({"head": {"kind": "sparse", "width": 4}}, "head kind 'sparse' has no such field"),
+        ({"head": {"width": 0}}, "head.width"),
+        ({"head": {"kind": "reweight", "kappa": 1.0}}, "head.kappa: 1.0: input should be greater than 1"),
+        (
+            {"objective": {"kind": "barlow-twins", "temperature": 1}},
+            "objective kind 'barlow-twins' has no such",
+        ),
+        (
+            {"objective": {"kind": "vicreg"}},
+            "objective.kind: 'vicreg' is not one of 'nt-xent', 'barlow-twins'",
+        ),
+        ({"objective": {"bottleneck_weight": -1}}, "objective.bottleneck_weight: -1"),
+        ({"scheme": {"kind": "alternate"}}, "scheme.kind: 'alternate' is not one of 'joint', 'alternating'"),
+        ({"scheme": {"head_steps": 2}}, "scheme kind 'joint' has no such field"),
+        (
+            {"scheme": {"kind": "alternating"}, "head": {"kind": "none"}},
+            "scheme.kind: 'alternating' trains the head in steps of its own, but this one has none",
+        ),
+        ({"optimizer": {"warmup_epochs": 20}}, "optimizer.warmup_epochs: 20 is not below the 20 epochs"),
+        (
+            {"scheme": {"kind": "alternating", "head_optimizer": {"warmup_epochs": 30}}},
+            "scheme.head_optimizer.warmup_epochs: 30 is not below the 20 epochs",
+        ),
+        ({"views": {"hue": 0.6}}, "views.hue: 0.6"),
+    ],
+)
+def test_what_does_not_fit_is_explained(base: dict[str, object], expected: str) -> None:
+    assert expected in refused(base=base, space={"data.normalization": ["none", "zscore"]})
+
+
+@pytest.mark.parametrize("changes", [{"mode": "search"}, {"budget": {"epochs": 4, "rungs": [1]}}])
+def test_a_protocol_that_selects_on_test_images_cannot_steer(changes: dict[str, object]) -> None:
+    budget = {"epochs": 4, "trials": 4, **changes.get("budget", {})}  # type: ignore[dict-item]
+    said = refused(protocol="schliebitz2024", **changes | {"budget": budget})
+    assert "protocol: 'schliebitz2024' selects on images of the test split, which must not steer" in said
+
+
+def test_every_recipe_says_how_long_its_authors_train() -> None:
+    assert all(recipe.epochs >= 100 for recipe in RECIPES.values())
+
+
+def test_presets_do_not_leak_into_each_other() -> None:
+    with pytest.raises(ValidationError):
+        config(system="none", head={"projection_dim": 3})
+    assert config(system="none").head == NoHead()
