@@ -192,6 +192,15 @@ def subprocess_env(headsearch_home: Path) -> dict[str, str]:
     }
 
 
+@pytest.fixture(scope="session")
+def cifar10_folder() -> Path:
+    """CIFAR-10 as images, train/<class>/* and test/<class>/*."""
+    named = os.environ.get("HEADSEARCH_TEST_CIFAR10", "")
+    if not named:
+        pytest.skip("HEADSEARCH_TEST_CIFAR10 names no folder of CIFAR-10 images")
+    return Path(named)
+
+
 @pytest.fixture
 def pareto_study(database_url: str) -> Study:
     """A study in plain Optuna: accuracy up, dim down; 20 complete trials and 4 pruned ones."""

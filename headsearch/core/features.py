@@ -34,9 +34,15 @@ def arithmetic(device: torch.device, precision: Precision) -> AbstractContextMan
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def build_views(config: TrialConfig, images: ImageSet, device: torch.device) -> Views:
-    """Build the views of `config` on `device`, normalised with statistics of the training images."""
-    mean, std = images.normalization(config.data.normalization)
+def build_views(
+    config: TrialConfig,
+    images: ImageSet,
+    device: torch.device,
+    *,
+    split: Literal["train", "test"] = "train",
+) -> Views:
+    """Build the views of `config` on `device`, normalised with the statistics that `split` has."""
+    mean, std = images.normalization(config.data.normalization, split)
     return Views(
         config.views,
         images.image_size,
