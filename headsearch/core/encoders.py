@@ -81,7 +81,8 @@ def build_encoder(config: EncoderConfig, image_size: int) -> Encoder:
 
     Weights come from the default generator (see `randomness.initialisation`) or from ImageNet. The ``cifar``
     stem is SimCLR's for small images: a 3x3 convolution of stride 1 and no pooling (Chen et al. 2020,
-    appendix B.9). Raises StorageError if the ImageNet weights cannot be fetched.
+    appendix B.9); ``cifar-pad2`` pads by 2 (solo-learn, backbones/resnet). Raises StorageError if the
+    ImageNet weights cannot be fetched.
     """
     if config.name == "small-resnet":
         return Encoder(small_resnet(config.width, image_size), feature_dim(config))
@@ -97,8 +98,8 @@ def build_encoder(config: EncoderConfig, image_size: int) -> Encoder:
             f"({reason.splitlines()[0]}); put them into $TORCH_HOME/hub/checkpoints or set it to false"
         ) from error
     small = config.stem == "auto" and image_size <= CIFAR_STEM_PIXELS
-    if small or config.stem == "cifar":
-        network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    if small or config.stem in ("cifar", "cifar-pad2"):
+        network.conv1 = nn.Conv2d(3, 64, 3, padding=2 if config.stem == "cifar-pad2" else 1, bias=False)
         nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
         network.maxpool = nn.Identity()
     network.fc = nn.Identity()

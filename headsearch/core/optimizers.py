@@ -12,8 +12,6 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from headsearch.config import OptimizerConfig
 
-TRUST_COEFFICIENT = 1e-3
-
 
 class Lars(Optimizer):
     """Layer-wise adaptive rate scaling (You, Gitman and Ginsburg 2017, algorithm 1).
@@ -21,6 +19,7 @@ class Lars(Optimizer):
     For weights w with gradient g, weight decay d, learning rate r and momentum m::
 
         rate = trust * |w| / (|g| + d |w|)      # 1 where |w| or the denominator is zero
+        rate = min(rate / r, 1)                 # with clip (LARC): a layer moves by at most r (g + d w)
         v = m v + r * rate * (g + d w)
         w = w - v
 
@@ -34,10 +33,11 @@ class Lars(Optimizer):
         lr: float,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
-        trust: float = TRUST_COEFFICIENT,
+        trust: float = 1e-3,
+        clip: bool = False,
     ) -> None:
         shared = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust}
-        super().__init__(params, shared | {"adapt": True})
+        super().__init__(params, shared | {"clip": clip, "adapt": True})
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -73,31 +73,62 @@ class Lars(Optimizer):
         weight_norms = torch.stack(torch._foreach_norm(weights))
         norms = torch.stack(torch._foreach_norm(gradients)) + group["weight_decay"] * weight_norms
         rates = group["trust"] * weight_norms / norms
+        if group["clip"] and group["lr"] > 0:
+            rates = (rates / group["lr"]).clamp(max=1.0)
         return list(torch.where((weight_norms > 0) & (norms > 0), rates, 1.0).unbind())
 
 
-def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    modules: Iterable[nn.Module], weight_decay: float, *, decay_all: bool = False
+) -> list[dict[str, Any]]:
     """Sort trainable parameters into two groups: weights, then biases and norms.
 
-    The latter neither decay nor adapt. Frozen parameters are in none, so that nothing an optimizer
-    does can reach them.
+    The latter neither decay, unless `decay_all`, nor adapt. Frozen parameters are in none, so that nothing an
+    optimizer does can reach them.
     """
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     return [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {
+            "params": [p for p in parameters if p.ndim <= 1],
+            "weight_decay": weight_decay if decay_all else 0.0,
+        },
     ]
 
 
-def build_optimizer(config: OptimizerConfig, *modules: nn.Module) -> Optimizer:
-    """Build the optimizer of `config` over what is trainable in `modules`; each step sets its rate."""
-    groups = parameter_groups(modules, config.weight_decay)
+def build_optimizer(
+    config: OptimizerConfig, *modules: nn.Module, online: tuple[nn.Module, float] | None = None
+) -> Optimizer:
+    """Build the optimizer of `config` over what is trainable in `modules`; `set_rate` gives its rates.
+
+    `online` is a probe with a learning rate of its own, per 256 images, which follows the same schedule and
+    does not decay (solo-learn, methods/base.py).
+    """
+    groups = parameter_groups(modules, config.weight_decay, decay_all=config.decay_all)
+    if online is not None:
+        probe, rate = online
+        own = parameter_groups([probe], 0.0)
+        groups += [group | {"relative": rate / config.learning_rate} for group in own]
+    for place, group in enumerate(groups):
+        group.setdefault("relative", 1.0)
+        group["adapt"] = place % 2 == 0
     if config.name == "adamw":
         return AdamW(groups, lr=config.learning_rate, fused=True)
     if config.name == "lars":
-        groups[1]["adapt"] = False
-        return Lars(groups, lr=config.learning_rate, momentum=config.momentum)
+        return Lars(
+            groups,
+            lr=config.learning_rate,
+            momentum=config.momentum,
+            trust=config.trust_coefficient,
+            clip=config.clip,
+        )
     return SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=True)
+
+
+def set_rate(optimizer: Optimizer, rate: float) -> None:
+    """Give all groups the rate of this step."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["relative"]
 
 
 def learning_rate(
@@ -105,14 +136,17 @@ def learning_rate(
 ) -> float:
     """Compute the learning rate of `step`, counted from 0 over the whole training.
 
-    Linear from zero over `warmup_epochs`, then half a cosine that would reach the final ratio at the step
-    after the last. The peak is ``learning_rate * batch_size / 256`` for ``sgd`` and ``lars`` (linear scaling,
-    Goyal et al. 2017), where batch_size counts images and not views, and ``learning_rate`` for ``adamw``.
+    Linear from `warmup_start` over `warmup_epochs`, then half a cosine that would reach the final ratio at
+    the step after the last; with the schedule ``epoch``, each step has the rate of its epoch's first. The
+    peak is ``learning_rate * batch_size / 256`` for ``sgd`` and ``lars`` (linear scaling, Goyal et al. 2017),
+    where batch_size counts images and not views, and ``learning_rate`` for ``adamw``.
     """
     peak = config.learning_rate * (1.0 if config.name == "adamw" else batch_size / 256)
+    if config.schedule == "epoch":
+        step -= step % steps_per_epoch
     warmup = config.warmup_epochs * steps_per_epoch
     if step < warmup:
-        return peak * step / warmup
+        return config.warmup_start + (peak - config.warmup_start) * step / warmup
     progress = (step - warmup) / (epochs * steps_per_epoch - warmup)
     floor = config.final_learning_rate_ratio
     return peak * (floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2)

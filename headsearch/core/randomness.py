@@ -31,3 +31,15 @@ def initialisation(seed: int, *purpose: str | int) -> Iterator[None]:
         # not torch.manual_seed, which would reseed accelerators too
         torch.default_generator.manual_seed(derive_seed(seed, *purpose))
         yield
+
+
+@contextmanager
+def streams(device: torch.device, seed: int, *purpose: str | int) -> Iterator[None]:
+    """Within: modules that draw from the global streams, such as dropout, draw from `seed`."""
+    accelerators = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=accelerators):
+        torch.default_generator.manual_seed(derive_seed(seed, *purpose))
+        if accelerators:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(derive_seed(seed, *purpose))
+        yield

@@ -1,9 +1,10 @@
 """Random views of images for contrastive learning, whole batches at a time on the images' device.
 
 SimCLR's augmentation (Chen et al. 2020, appendix A): random resized crop, horizontal flip, colour jitter,
-grayscale, Gaussian blur, then normalisation. Parameters have the distributions of torchvision's
-transforms, and each operation its formula; the crop is resampled bilinearly with edges clamped to the crop
-(a crop is never larger than its output, so that antialiasing would change nothing).
+grayscale, Gaussian blur; solarisation (Grill et al. 2020, appendix B); then normalisation. Parameters have
+the distributions of torchvision's transforms, and each operation its formula; the crop is resampled
+bilinearly with edges clamped to the crop (a crop is never larger than its output, so that antialiasing would
+change nothing).
 
 Shapes: B images, V views, S image side.
 """
@@ -24,6 +25,8 @@ ATTEMPTS = 10
 """Draws of a crop before the whole image is taken, as in torchvision's RandomResizedCrop."""
 RATIO = (3 / 4, 4 / 3)
 """Aspect ratios of crops, width over height."""
+SOLARIZE_FROM = 128 / 255
+"""Pixels from this value on are inverted by solarisation, PIL's default."""
 SIGMA = (0.1, 2.0)
 """Standard deviations of the blur, in pixels."""
 
@@ -50,6 +53,7 @@ class Draws:
     grayscale: Tensor  # bool (V,)
     blur: Tensor  # bool (V,)
     sigma: Tensor  # float32 (V,), pixels
+    solarize: Tensor  # bool (V,)
 
     def __len__(self) -> int:
         return len(self.view)
@@ -84,6 +88,11 @@ class Views:
         self._scale, self._shift = 1 / std, -mean / std
         self._normalizes = bool((mean != 0).any() or (std != 1).any())
         self._jitters = config.jitter_strength > 0 and config.jitter_probability > 0
+        half = [config.jitter_strength * x for x in (config.brightness, config.contrast, config.saturation)]
+        self._low = torch.tensor([max(0.0, 1 - x) for x in half], device=mean.device)
+        self._high = torch.tensor([1 + x for x in half], device=mean.device)
+        self._blur = _both(config.blur_probability, config.second_blur_probability)
+        self._solarize = _both(config.solarize_probability, config.second_solarize_probability)
 
     def __call__(self, images: Tensor, generator: Generator) -> Tensor:
         """One view of each of the uint8 images (B, 3, S, S): float (B, 3, S, S)."""
@@ -94,7 +103,7 @@ class Views:
 
         Image b's views are numbers b and B + b.
         """
-        return self._make(images, 2 * len(images), generator)
+        return self._make(images, 2 * len(images), generator, firsts=len(images))
 
     def plain(self, images: Tensor) -> Tensor:
         """The uint8 images (B, 3, S, S) as they are, normalised: float (B, 3, S, S)."""
@@ -103,28 +112,35 @@ class Views:
             pixels.mul_(self._scale).add_(self._shift)
         return pixels.to(self.dtype, memory_format=self.memory_format)
 
-    def draw(self, count: int, generator: Generator) -> Draws:
-        """Parameters of `count` random views, a multiple of 4."""
+    def draw(self, count: int, generator: Generator, firsts: int | None = None) -> Draws:
+        """Parameters of `count` random views, a multiple of 4; second views from number `firsts` on."""
         config, device = self.config, generator.device
 
         def uniform(*shape: int) -> Tensor:
             return torch.rand(*shape, generator=generator, device=device)
 
-        strength = config.jitter_strength
-        low, high = max(0.0, 1 - 0.8 * strength), 1 + 0.8 * strength
         jittered = uniform(count) < config.jitter_probability
-        factors = low + uniform(count, 3) * (high - low)
-        hue = (2 * uniform(count) - 1) * (0.2 * strength)
+        factors = self._low + uniform(count, 3) * (self._high - self._low)
+        hue = (2 * uniform(count) - 1) * (config.hue * config.jitter_strength)
+        view = uniform(count).argsort()
+        second = view >= (count if firsts is None else firsts)
+
+        def chosen(probabilities: tuple[float, float]) -> Tensor:
+            if max(probabilities) == 0:
+                return torch.zeros(count, dtype=torch.bool, device=device)
+            return uniform(count) < torch.where(second, probabilities[1], probabilities[0])
+
         return Draws(
-            view=uniform(count).argsort(),
+            view=view,
             box=self._draw_boxes(uniform(4, count, ATTEMPTS)),
             flip=uniform(count) < config.flip_probability,
             factors=torch.where(jittered[:, None], factors, 1.0),
             order=uniform(count, 3).argsort(1),
             hue=torch.where(jittered, hue, 0.0),
             grayscale=uniform(count) < config.grayscale_probability,
-            blur=uniform(count) < config.blur_probability,
+            blur=chosen(self._blur),
             sigma=SIGMA[0] + uniform(count) * (SIGMA[1] - SIGMA[0]),
+            solarize=chosen(self._solarize),
         )
 
     def apply(self, images: Tensor, draws: Draws) -> Tensor:
@@ -142,19 +158,22 @@ class Views:
             pixels = self._crop(images.index_select(0, rows.view % len(images)), rows)
             if self._jitters:
                 _jitter_(pixels, rows)
-            if self.config.blur_probability > 0:
+            if max(self._blur) > 0:
                 pixels = _blur(pixels, rows)
             if self.config.grayscale_probability > 0:
                 pixels.lerp_(luma(pixels)[:, None], rows.grayscale.float()[:, None, None, None])
+            if max(self._solarize) > 0:
+                inverted = rows.solarize[:, None, None, None] & (pixels >= SOLARIZE_FROM)
+                pixels = torch.where(inverted, 1 - pixels, pixels)
             if self._normalizes:
                 pixels.mul_(self._scale).add_(self._shift)
             out.index_copy_(0, rows.view, pixels.to(self.dtype))
         return out
 
-    def _make(self, images: Tensor, count: int, generator: Generator) -> Tensor:
+    def _make(self, images: Tensor, count: int, generator: Generator, firsts: int | None = None) -> Tensor:
         if not count:
             return self.plain(images)
-        return self.apply(images, self.draw(math.ceil(count / 4) * 4, generator))[:count]
+        return self.apply(images, self.draw(math.ceil(count / 4) * 4, generator, firsts))[:count]
 
     def _draw_boxes(self, uniform: Tensor) -> Tensor:
         """Crop boxes (V, 4) from uniform numbers (4, V, attempts), by torchvision's rejection rule."""
@@ -185,6 +204,11 @@ class Views:
         grid[..., 1] = (at[:, 1] * (2 / (size - 1)) - 1)[:, :, None]
         pixels = images.float().mul_(1 / 255)
         return functional.grid_sample(pixels, grid, padding_mode="border", align_corners=True)
+
+
+def _both(first: float, second: float | None) -> tuple[float, float]:
+    """Probabilities of the first and of the second view."""
+    return first, first if second is None else second
 
 
 def kernel_size(image_size: int) -> int:

@@ -30,14 +30,15 @@ class SinglePoint:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, without the networks."""
-        trained = {k: v for k, v in vars(self.pretrained).items() if k not in ("encoder", "head")}
+        trained = {k: v for k, v in vars(self.pretrained).items() if k not in ("encoder", "head", "online")}
         return {
             "config": self.config.model_dump(mode="json"),
             "device": self.device,
             "reports": [asdict(report) for report in self.reports],
             **trained,
             "validation_accuracy": self.evaluation.probe_accuracy,
-            **{k: v for k, v in vars(self.evaluation).items() if k != "probe_accuracy"},
+            **{k: v for k, v in vars(self.evaluation).items() if k not in ("probe_accuracy", "details")},
+            **self.evaluation.details,
         }
 
 

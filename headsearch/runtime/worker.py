@@ -281,7 +281,11 @@ class _Worker:
             "complete",
             values=tuple(objectives[name] for name in self.study.spec.objectives),
             facts={
-                **vars(measured),
+                **{name: value for name, value in vars(measured).items() if name != "details"},
+                **measured.details,
+                "measures": pretrained.measures,
+                "kept_epoch": pretrained.kept_epoch,
+                "head_flops": pretrained.head_flops,
                 "protocol": self.study.spec.protocol,
                 "host": socket.gethostname(),
                 "threads": torch.get_num_threads(),

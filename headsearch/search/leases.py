@@ -6,7 +6,9 @@ nothing: it gets LeaseLost. A lease that ran out but was not taken is still its 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+import json
+import math
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from sqlalchemy import Connection, text
@@ -34,6 +36,8 @@ class Report:
     views_per_second: float
     train_seconds: float
     """Since the trial's first step, over all its workers."""
+    measures: dict[str, float] = field(default_factory=dict)
+    """Named numbers beside the accuracy; those that are not finite are left out."""
 
 
 def describe(
@@ -80,13 +84,20 @@ def report(database: Database, study: Study, claim: Claim, said: Report) -> None
                 """
                 INSERT INTO headsearch.reports
                     (study_id, number, epoch, loss, probe_accuracy, feature_rank, projection_rank,
-                     views_per_second, train_seconds, attempt)
+                     views_per_second, train_seconds, measures, attempt)
                 VALUES (:study_id, :number, :epoch, :loss, :probe_accuracy, :feature_rank,
-                        :projection_rank, :views_per_second, :train_seconds, :attempt)
+                        :projection_rank, :views_per_second, :train_seconds, CAST(:measures AS jsonb),
+                        :attempt)
                 ON CONFLICT DO NOTHING
                 """
             ),
-            asdict(said) | {"study_id": study.study_id, "number": claim.number, "attempt": claim.attempt},
+            asdict(said)
+            | {
+                "study_id": study.study_id,
+                "number": claim.number,
+                "attempt": claim.attempt,
+                "measures": json.dumps({k: v for k, v in said.measures.items() if math.isfinite(v)}),
+            },
         )
 
 

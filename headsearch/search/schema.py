@@ -93,6 +93,10 @@ MIGRATIONS: tuple[str, ...] = (
     );
     CREATE INDEX workers_by_study ON headsearch.workers (study_id);
     """,
+    """
+    -- Named numbers beside the accuracy: kNN accuracy, alignment, inactive head units, ...
+    ALTER TABLE headsearch.reports ADD COLUMN measures jsonb NOT NULL DEFAULT '{}';
+    """,
 )
 
 

@@ -23,7 +23,7 @@ ACTIVATION_NAMES = typing.get_args(Activation)
 
 def test_every_activation_and_every_kind_has_its_module() -> None:
     assert set(ACTIVATIONS) == set(ACTIVATION_NAMES)
-    assert set(HEADS) == {"mlp", "autoencoder", "linear", "none"}
+    assert set(HEADS) == {"mlp", "autoencoder", "sparse", "reweight", "linear", "none"}
 
 
 @pytest.mark.parametrize("activation", ACTIVATION_NAMES)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 import typing
 from dataclasses import replace
 from pathlib import Path
@@ -21,12 +22,13 @@ from networks import (
 )
 
 from headsearch.config import Activation, DataConfig, TrialConfig
-from headsearch.core import pretrain as module
+from headsearch.core import objectives
 from headsearch.core.autoencoder import pretrained_embedding
 from headsearch.core.checkpoint import CheckpointFolder
 from headsearch.core.images import ImageSet, Split, load_images
 from headsearch.core.pretrain import describe_head
 from headsearch.core.probe import evaluate
+from headsearch.core.reporting import subset
 from headsearch.errors import SpecError, TrialFailure
 
 OPTIMIZERS = ["sgd", "lars", "adamw"]
@@ -161,7 +163,7 @@ def test_time_spent_suspended_is_not_training(tmp_path: Path, monkeypatch: pytes
         clock += 1.0
         return clock
 
-    monkeypatch.setattr(module.time, "perf_counter", read)
+    monkeypatch.setattr(time, "perf_counter", read)
     training = start(tiny_config(), IMAGES, tmp_path)
     first = next(training)
     clock += 1000.0
@@ -252,14 +254,14 @@ def test_no_epochs_is_the_untrained_encoder(tmp_path: Path) -> None:
 
 def test_last_smaller_batch_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
-    loss = module.nt_xent
+    loss = objectives.nt_xent
 
-    def spy(projections: torch.Tensor, temperature: float) -> torch.Tensor:
+    def spy(projections: torch.Tensor, temperature: float, scale: float) -> torch.Tensor:
         sizes.append(len(projections))
-        return loss(projections, temperature)
+        return loss(projections, temperature, scale)
 
-    monkeypatch.setattr(module, "nt_xent", spy)
-    next(start(tiny_config(training={"batch_size": 40}), IMAGES, tmp_path))
+    monkeypatch.setattr(objectives, "nt_xent", spy)
+    next(start(tiny_config(training={"batch_size": 40}, probe={"measures": False}), IMAGES, tmp_path))
     assert sizes == [80, 80]
 
 
@@ -324,7 +326,7 @@ def test_running_out_of_memory_is_a_trial_failure(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(module, "nt_xent", fail)
+    monkeypatch.setattr(objectives, "nt_xent", fail)
     with pytest.raises(TrialFailure, match=r"^out of memory: .+") as caught:
         next(start(tiny_config(), IMAGES, tmp_path))
     assert caught.value.reason == "out_of_memory"
@@ -335,7 +337,7 @@ def test_other_errors_pass_as_they_are(tmp_path: Path, monkeypatch: pytest.Monke
     def fail(*_: object) -> None:
         raise RuntimeError("shapes differ")
 
-    monkeypatch.setattr(module, "nt_xent", fail)
+    monkeypatch.setattr(objectives, "nt_xent", fail)
     with pytest.raises(RuntimeError, match="shapes differ"):
         next(start(tiny_config(), IMAGES, tmp_path))
 
@@ -343,7 +345,7 @@ def test_other_errors_pass_as_they_are(tmp_path: Path, monkeypatch: pytest.Monke
 def test_report_probe_sees_a_fixed_share_of_each_split(tmp_path: Path) -> None:
     split = Split(torch.arange(90).view(90, 1, 1, 1), torch.arange(90) // 30)
     config = tiny_config(probe={"report_images": 60})
-    a, b = module.subset(split, config), module.subset(split, config.model_copy(update={"seed": 4}))
+    a, b = subset(split, config.probe.report_images), subset(split, 60)
     assert torch.equal(a.images, b.images)
     assert len(a.images.unique()) == 60
     assert torch.equal(a.labels, a.images.flatten() // 30)

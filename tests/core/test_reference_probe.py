@@ -108,7 +108,7 @@ def test_final_probe_is_scikit_learn_with_the_penalty_that_validation_chose(digi
     }
     chosen = max(scores, key=lambda penalty: scores[penalty])  # of equals the largest
     found = evaluation(digits)
-    assert (found.penalty, found.probe_accuracy) == (chosen, scores[chosen][0])
+    assert (found.details["penalty"], found.probe_accuracy) == (chosen, scores[chosen][0])
     oracle = scikit(digits, chosen)
     test = oracle.score(standardised(digits.test, digits.train), digits.test.labels.numpy())
     assert found.test_accuracy == test
@@ -121,11 +121,14 @@ def test_the_test_split_has_no_say(digits):
     """Test labels on which the other penalty would win change the test accuracy and nothing else."""
     penalties = (1e-3, 1e-1)
     found = evaluation(digits, penalties)
-    (other,) = set(penalties) - {found.penalty}
+    (other,) = set(penalties) - {found.details["penalty"]}
     train, test = (split.images.flatten(1).float() / 255 for split in (digits.train, digits.test))
     rival = fit_probe(train, digits.train.labels, 10, penalty=other, iterations=200)
     again = evaluation(replace(digits, test=replace(digits.test, labels=rival.predict(test))), penalties)
-    assert (again.penalty, again.probe_accuracy) == (found.penalty, found.probe_accuracy)
+    assert (again.details["penalty"], again.probe_accuracy) == (
+        found.details["penalty"],
+        found.probe_accuracy,
+    )
     assert found.test_accuracy != again.test_accuracy < 1.0
 
 
@@ -137,9 +140,9 @@ def test_validation_decides(digits):
         rival = fit_probe(train, digits.train.labels, 10, penalty=penalty, iterations=200)
         rigged = replace(digits, validation=replace(digits.validation, labels=rival.predict(held)))
         found = evaluation(rigged, (1e-3, 1e-1, 10.0))
-        assert (found.penalty, found.probe_accuracy) == (penalty, 1.0)
+        assert (found.details["penalty"], found.probe_accuracy) == (penalty, 1.0)
 
 
 def test_of_equal_penalties_the_largest_is_chosen(digits):
     found = evaluation(digits, (1.0001e-2, 1e-2, 1.0002e-2))
-    assert found.penalty == 1.0002e-2
+    assert found.details["penalty"] == 1.0002e-2

@@ -37,7 +37,7 @@ def still(count: int, size: int) -> Draws:
     return Draws(
         view=torch.arange(count), box=whole.repeat(count, 1), flip=no, factors=torch.ones(count, 3),
         order=torch.arange(3).repeat(count, 1), hue=torch.zeros(count), grayscale=no, blur=no,
-        sigma=torch.ones(count),
+        sigma=torch.ones(count), solarize=no,
     )  # fmt: skip
 
 

@@ -53,6 +53,7 @@ def identity(count: int, size: int) -> Draws:
         grayscale=torch.zeros(count, dtype=torch.bool),
         blur=torch.zeros(count, dtype=torch.bool),
         sigma=torch.ones(count),
+        solarize=torch.zeros(count, dtype=torch.bool),
     )
 
 

@@ -1,0 +1,114 @@
+"""Protocol `ouyang2025`: solo-learn's two linear probes, as Ouyang et al. 2025 have them.
+
+Which of the two fed the paper's tables is not known (its script for SimCLR on CIFAR also fine-tunes the
+encoder, which is no linear probe). We take the online probe, which is there at no cost, and give the offline
+one beside it. Both are selected by nothing: the last epoch counts, as theirs does; the paper scores CIFAR's
+test split after every epoch, we only here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from headsearch.config import OptimizerConfig, TrialConfig, ViewsConfig
+from headsearch.core.evaluation import Evaluation
+from headsearch.core.features import arithmetic, build_views, extract_features
+from headsearch.core.images import ImageSet, Split
+from headsearch.core.optimizers import build_optimizer, learning_rate, set_rate
+from headsearch.core.randomness import generator, initialisation
+from headsearch.core.views import Views
+
+if TYPE_CHECKING:
+    from headsearch.core.pretrain import Pretrained
+
+BATCH: Final = 256
+"""Images a step of the offline probe (scripts/linear/cifar/barlow_twins.yaml)."""
+TRUST: Final = 0.02
+"""LARS's eta, solo-learn's."""
+CROPS: Final = ViewsConfig(crop_scale_min=0.08, jitter_strength=0.0, grayscale_probability=0.0)
+"""Its training images are cropped and flipped."""
+
+
+def evaluate_ouyang2025(
+    pretrained: Pretrained, images: ImageSet, config: TrialConfig, device: torch.device
+) -> Evaluation:
+    """Score the probe that was trained along, and one trained on the frozen encoder afterwards."""
+    views = build_views(config, images, device)
+    encoder = pretrained.encoder.to(device)
+    online = pretrained.online
+    assert online is not None  # noqa: S101
+
+    def featurise(split: Split) -> tuple[Tensor, Tensor]:
+        features = extract_features(encoder, split.images.to(device), views, pretrained.precision)
+        return features, split.labels.to(device)
+
+    validation, test = featurise(images.validation), featurise(images.test)
+    offline = train_offline(pretrained, images, config, device)
+    return Evaluation(
+        probe_accuracy=accuracy(online, *validation),
+        test_accuracy=accuracy(online, *test),
+        train_images=len(images.train),
+        validation_images=len(images.validation),
+        test_images=len(images.test),
+        details={
+            "probe": "online",
+            "offline_validation_accuracy": accuracy(offline, *validation),
+            "offline_test_accuracy": accuracy(offline, *test),
+        },
+    )
+
+
+def train_offline(
+    pretrained: Pretrained, images: ImageSet, config: TrialConfig, device: torch.device
+) -> nn.Linear:
+    """Train Linear(F, classes) on the frozen encoder's features of cropped and flipped training images.
+
+    LARS without decay, half a cosine to zero (the schedule is our choice), `probe.offline_epochs` epochs; the
+    last, smaller batch of an epoch is dropped unless it is the only one.
+    """
+    split = images.train.to(device)
+    with initialisation(config.seed, "offline probe"):
+        probe = nn.Linear(pretrained.feature_dim, len(images.classes)).to(device)
+    recipe = OptimizerConfig(
+        name="lars",
+        learning_rate=config.probe.offline_learning_rate,
+        trust_coefficient=TRUST,
+        weight_decay=0.0,
+    )
+    optimizer = build_optimizer(recipe, probe)
+    crops = Views(
+        CROPS,
+        images.image_size,
+        tuple(part.to(device) for part in images.normalization(config.data.normalization)),  # type: ignore[arg-type]
+        channels_last=config.training.channels_last,
+    )
+    encoder = pretrained.encoder.eval()
+    size = min(BATCH, len(split))
+    steps, epochs = len(split) // size, config.probe.offline_epochs
+    for epoch in range(epochs):
+        order = torch.randperm(
+            len(split), generator=generator(torch.device("cpu"), config.seed, "offline order", epoch)
+        ).to(device)
+        draws = generator(device, config.seed, "offline views", epoch)
+        for step in range(steps):
+            rows = order[step * size : (step + 1) * size]
+            with torch.no_grad(), arithmetic(device, pretrained.precision):
+                features = encoder(crops(split.images[rows], draws)).float()
+            loss = F.cross_entropy(probe(features), split.labels[rows])
+            at = epoch * steps + step
+            rate = learning_rate(recipe, step=at, steps_per_epoch=steps, epochs=epochs, batch_size=size)
+            set_rate(optimizer, rate)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return probe
+
+
+@torch.no_grad()
+def accuracy(probe: nn.Linear, features: Tensor, labels: Tensor) -> float:
+    """Compute the share of features (N, F) whose class `probe` predicts."""
+    return float((probe(features).argmax(1) == labels).double().mean())
