@@ -1,4 +1,4 @@
-"""Commands about this machine: dashboard, doctor."""
+"""Commands about what there is: heads, dashboard, doctor."""
 
 from __future__ import annotations
 
@@ -14,8 +14,30 @@ BROKEN = 1
 
 def add_to(app: typer.Typer) -> None:
     """Add the commands of this file."""
+    app.command()(heads)
     app.command()(dashboard)
     app.command()(doctor)
+
+
+def heads(
+    encoder: Annotated[
+        str, typer.Option(metavar="NAME", help="Encoder whose features heads see.")
+    ] = "resnet18",
+    as_json: Json = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
+) -> None:
+    """List the heads, objectives and schemes that a study can name, and the recipes.
+
+    Use them as base.system, as a parameter `system` of a space, or as base.recipe.
+    """
+    from headsearch.runtime.catalogue import catalogue_json, recipe_table, system_table, systems
+
+    found = systems(encoder)
+    if as_json:
+        emit(catalogue_json(found))
+        return
+    for table in (system_table(found), recipe_table()):
+        emit_lines([table.markdown(), ""] if markdown else [*table.lines(), ""])
 
 
 def dashboard(

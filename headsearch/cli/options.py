@@ -15,7 +15,8 @@ INTERRUPTED = 130
 StudyFile = Annotated[
     str,
     typer.Argument(
-        metavar="STUDY.toml", help="Study file, or the name of a bundled one: quickstart, cifar10."
+        metavar="STUDY.toml",
+        help="Study file, or a bundled one by name: quickstart, cifar10, systems, ...",
     ),
 ]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Study in the database, or its file.")]

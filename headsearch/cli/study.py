@@ -1,4 +1,4 @@
-"""Commands on studies in the database: create, list, show, front, confirm, delete, schema."""
+"""Commands on studies in the database: create, list, show, front, compare, confirm, delete, schema."""
 
 from __future__ import annotations
 
@@ -125,6 +125,50 @@ def front(
         typer.echo(front_csv(snapshot), nl=False)
     elif figure is None:
         emit_lines(front_lines(snapshot))
+
+
+@app.command()
+def compare(
+    names: Annotated[
+        list[str], typer.Argument(metavar="NAME...", help="Studies in the database, or their files.")
+    ],
+    as_json: Json = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+) -> None:
+    """Rank all points of one or several studies, each the mean of its seeds.
+
+    Studies of different protocols, or on different images, are refused: their numbers mean different things.
+    """
+    from headsearch.report.comparison import (
+        compare as ranked,
+    )
+    from headsearch.report.comparison import (
+        comparison_captions,
+        comparison_csv,
+        comparison_json,
+        comparison_table,
+    )
+    from headsearch.runtime.bundled import study_name
+    from headsearch.runtime.session import open_session
+    from headsearch.search.snapshot import read
+
+    if as_json + as_csv + markdown > 1:
+        raise typer.BadParameter("--json, --csv and --markdown: give one of the three")
+    wanted = list(dict.fromkeys(study_name(name) for name in names))
+    with open_session() as session:
+        snapshots = [read(session.database, name) for name in wanted]
+    found = ranked(snapshots)
+    table = comparison_table(snapshots, found)
+    if as_json:
+        emit(comparison_json(snapshots, found))
+    elif as_csv:
+        typer.echo(comparison_csv(snapshots, found), nl=False)
+    elif markdown:
+        emit_lines([table.markdown(), "", *(f"- {line}" for line in comparison_captions(snapshots))])
+    else:
+        lines = table.lines() if table.rows else ["no trial is complete yet"]
+        emit_lines([*comparison_captions(snapshots), "", *lines])
 
 
 @app.command()

@@ -14,9 +14,12 @@ FOLDERS = (_PACKAGE / "studies", _PACKAGE.parent / "studies")
 
 
 def bundled() -> dict[str, Path]:
-    """Study files that come with headsearch, by name."""
+    """Study files that come with headsearch, by name: ``quickstart``, ``ouyang2025/simclr-cifar10``."""
     return {
-        path.stem: path for folder in reversed(FOLDERS) if folder.is_dir() for path in folder.glob("*.toml")
+        path.relative_to(folder).with_suffix("").as_posix(): path
+        for folder in reversed(FOLDERS)
+        if folder.is_dir()
+        for path in folder.rglob("*.toml")
     }
 
 
@@ -32,7 +35,8 @@ def study_file(word: str) -> Path:
     known = bundled()
     if (found := known.get(word.removesuffix(".toml"))) is not None:
         return found
-    if path.exists() or path.suffix == ".toml" or len(path.parts) != 1:
+    folders = {name.split("/")[0] for name in known if "/" in name}
+    if path.exists() or path.suffix == ".toml" or (len(path.parts) != 1 and path.parts[0] not in folders):
         return path  # whoever reads it says what is wrong with it
     raise SpecError(f"{word}: no such study file; bundled are {guess(word, sorted(known)) or 'none'}")
 

@@ -1,0 +1,224 @@
+"""Points of one or several studies in one ranking, where that means something.
+
+Accuracies of different protocols, or of different images, are not comparable (Schliebitz et al. 2024 train
+their probe on test images, Ouyang et al. 2025 along with the encoder): such a ranking is refused.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from headsearch.config import flatten
+from headsearch.errors import InputError
+from headsearch.report.fronts import FrontPoint, points, spread
+from headsearch.report.tables import Table, value
+from headsearch.report.trials import shown_paths
+from headsearch.search.snapshot import Snapshot, TrialRow
+
+RANKING_FREE = ("data.normalization", "data.image_size", "data.download", "data.max_unreadable_fraction")
+"""Fields of the data that leave the question the same; `space` may vary the first two."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One point of one study."""
+
+    study: str
+    point: FrontPoint
+    measures: dict[str, float]
+    """Means over its seeds: of the last report, and `train_seconds`."""
+
+
+def compare(snapshots: Sequence[Snapshot]) -> list[Compared]:
+    """All points with a complete trial, the most accurate on the validation split first.
+
+    Raises:
+        InputError: The studies have different protocols, or use different images.
+    """
+    check_comparable(snapshots)
+    found = [
+        Compared(
+            snapshot.study.name,
+            point,
+            _measures([trial for trial in snapshot.complete if trial.number in point.numbers]),
+        )
+        for snapshot in snapshots
+        for point in points(snapshot)
+    ]
+    return sorted(found, key=lambda one: (-one.point.probe_accuracy.mean, one.study, one.point.numbers))
+
+
+def check_comparable(snapshots: Sequence[Snapshot]) -> None:
+    """Raise InputError unless the studies measure the same thing the same way."""
+    first = snapshots[0].study
+    for other in (snapshot.study for snapshot in snapshots[1:]):
+        if other.spec.protocol != first.spec.protocol:
+            raise InputError(
+                f"studies {first.name} (protocol {first.spec.protocol}) and {other.name} (protocol "
+                f"{other.spec.protocol}): different protocols measure different things and are not ranked "
+                "together; compare the studies of one protocol at a time"
+            )
+        ours, theirs = _data(snapshots[0]), _data_of(other.spec.base)
+        for path in dict.fromkeys((*ours, *theirs)):
+            if ours.get(path) != theirs.get(path):
+                raise InputError(
+                    f"studies {first.name} and {other.name}: {path} is {value(ours.get(path)) or 'not set'} "
+                    f"in one, {value(theirs.get(path)) or 'not set'} in the other; accuracies on different "
+                    "images are not ranked together"
+                )
+
+
+def _data(snapshot: Snapshot) -> dict[str, Any]:
+    return _data_of(snapshot.study.spec.base)
+
+
+def _data_of(base: dict[str, Any]) -> dict[str, Any]:
+    return {
+        path: given
+        for path, given in flatten(base).items()
+        if path.startswith("data.") and path not in RANKING_FREE
+    }
+
+
+def _measures(trials: Sequence[TrialRow]) -> dict[str, float]:
+    rows = [
+        {
+            **trial.facts.get("measures", {}),
+            "feature_rank": trial.feature_rank,
+            "projection_rank": trial.projection_rank,
+            "train_seconds": trial.train_seconds,
+        }
+        for trial in trials
+    ]
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: [row[name] for row in rows if row.get(name) is not None] for name in names}
+    return {name: statistics.fmean(column) for name, column in columns.items() if column}
+
+
+def comparison_table(snapshots: Sequence[Snapshot], found: Sequence[Compared]) -> Table:
+    """One row a point: what it is, accuracies as mean ± standard deviation over n seeds, and measures."""
+    paths = _paths(snapshots)
+    several = ("study",) if len(snapshots) > 1 else ()
+    rows = tuple(
+        (
+            *((one.study,) if several else ()),
+            *(_text(one.point.params.get(path)) for path in paths),
+            value(one.point.projection_dim),
+            value(one.point.head_parameters),
+            spread(one.point.probe_accuracy),
+            spread(one.point.test_accuracy),
+            str(one.point.n),
+            _number(one.measures, "knn_accuracy", ".4f"),
+            _number(one.measures, "feature_rank", ".1f"),
+            _number(one.measures, "projection_rank", ".1f"),
+            _number(one.measures, "train_seconds", ".0f"),
+        )
+        for one in found
+    )
+    names = [path.rsplit(".", 1)[-1] if path != "head.kind" else "head" for path in paths]
+    columns = (
+        *several,
+        *names,
+        "dim",
+        "parameters",
+        "validation",
+        "test",
+        "n",
+        "kNN",
+        "rank h",
+        "rank z",
+        "s",
+    )
+    return Table(columns, rows)
+
+
+def comparison_captions(snapshots: Sequence[Snapshot]) -> list[str]:
+    """What must be said beside a ranking."""
+    lines = []
+    for snapshot in snapshots:
+        spec, counts = snapshot.study.spec, snapshot.counts
+        states = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
+        lines.append(
+            f"study {spec.name} ({snapshot.study.state}), protocol {spec.protocol}, spec {spec.hash[:12]}: "
+            f"{spec.budget.epochs} epochs, seeds {', '.join(map(str, spec.seeds))}; {states or 'no trial'}"
+        )
+    sizes = next((t.facts for s in snapshots for t in s.complete if "validation_images" in t.facts), None)
+    if sizes:
+        lines.append(
+            f"{sizes['train_images']:,} training, {sizes['validation_images']:,} validation, "
+            f"{sizes['test_images']:,} test images"
+        )
+    legend = (
+        "ordered by validation accuracy; ± is the standard deviation over n seeds; kNN accuracy and "
+        "effective ranks are the last report's, on validation images; s: seconds of training"
+    )
+    return [*lines, legend]
+
+
+def comparison_json(snapshots: Sequence[Snapshot], found: Sequence[Compared]) -> dict[str, Any]:
+    """The ranking as plain data."""
+    return {
+        "protocol": snapshots[0].study.spec.protocol,
+        "studies": [
+            {"study": s.study.name, "spec_hash": s.study.spec.hash, "seeds": list(s.study.spec.seeds)}
+            for s in snapshots
+        ],
+        "splits": {"selection": "validation", "final": "test"},
+        "points": [
+            {
+                "study": one.study,
+                "params": one.point.params,
+                "projection_dim": one.point.projection_dim,
+                "head_parameters": one.point.head_parameters,
+                "trials": list(one.point.numbers),
+                "seeds": list(one.point.seeds),
+                "n": one.point.n,
+                "validation_accuracy": vars(one.point.probe_accuracy),
+                "test_accuracy": vars(one.point.test_accuracy) if one.point.test_accuracy else None,
+                "measures": one.measures,
+            }
+            for one in found
+        ],
+    }
+
+
+def comparison_csv(snapshots: Sequence[Snapshot], found: Sequence[Compared]) -> str:
+    """The ranking as CSV, each row with its study, protocol and seeds."""
+    paths = list(dict.fromkeys(path for one in found for path in one.point.params))
+    names = list(dict.fromkeys(name for one in found for name in one.measures))
+    protocol = snapshots[0].study.spec.protocol
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    accuracies = [f"{split}_accuracy_{part}" for split in ("validation", "test") for part in ("mean", "std")]
+    writer.writerow(
+        ["study", "protocol", "n", "seeds", *paths, "projection_dim", "head_parameters", *accuracies, *names]
+    )
+    for one in found:
+        point, test = one.point, one.point.test_accuracy
+        writer.writerow(
+            [one.study, protocol, point.n, " ".join(map(str, point.seeds))]
+            + [_text(point.params.get(path)) for path in paths]
+            + [point.projection_dim, point.head_parameters]
+            + [point.probe_accuracy.mean, point.probe_accuracy.std]
+            + ([test.mean, test.std] if test else [None, None])
+            + [one.measures.get(name) for name in names]
+        )
+    return out.getvalue()
+
+
+def _paths(snapshots: Sequence[Snapshot]) -> list[str]:
+    return list(dict.fromkeys(path for s in snapshots for path in shown_paths(s.study.spec)))
+
+
+def _text(given: Any) -> str:
+    # names of systems are longer than other cells may be
+    return given if isinstance(given, str) else value(given)
+
+
+def _number(measures: dict[str, float], name: str, form: str) -> str:
+    return format(measures[name], form) if name in measures else ""
