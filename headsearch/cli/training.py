@@ -108,6 +108,7 @@ def train(
     Parameters that are not set take their first value; training.epochs=0 measures the untrained encoder.
     """
     from headsearch.home import home_folder
+    from headsearch.report.protocols import SPLITS
     from headsearch.report.tables import duration
     from headsearch.runtime.bundled import study_file
     from headsearch.runtime.single import point_of
@@ -136,7 +137,12 @@ def train(
         f"head {config.head.kind}: projection dim {trained.projection_dim}, {trained.head_parameters:,} "
         f"parameters ({trained.trainable_head_parameters:,} trained); {trained.precision} on {point.device}"
     )
+    splits = SPLITS[config.protocol]
     typer.echo(
-        f"linear probe: validation accuracy {measured.probe_accuracy:.4f}, test accuracy "
-        f"{measured.test_accuracy:.4f} ({measured.test_images:,} images)"
+        f"linear probe, protocol {config.protocol}: accuracy {measured.probe_accuracy:.4f} on "
+        f"{splits['selection']} ({measured.validation_images:,} images), {measured.test_accuracy:.4f} on "
+        f"{splits['final']} ({measured.test_images:,} images)"
     )
+    if trained.measures:
+        shown = ", ".join(f"{name} {number:.4g}" for name, number in trained.measures.items())
+        typer.echo(f"last report: {shown}")

@@ -15,6 +15,7 @@ from typing import Any
 
 from headsearch.config import flatten
 from headsearch.errors import InputError
+from headsearch.report import protocols
 from headsearch.report.fronts import FrontPoint, points, spread
 from headsearch.report.tables import Table, value
 from headsearch.report.trials import shown_paths
@@ -157,7 +158,7 @@ def comparison_captions(snapshots: Sequence[Snapshot]) -> list[str]:
         "ordered by validation accuracy; ± is the standard deviation over n seeds; kNN accuracy and "
         "effective ranks are the last report's, on validation images; s: seconds of training"
     )
-    return [*lines, legend]
+    return [*lines, protocols.SAID[snapshots[0].study.spec.protocol], legend]
 
 
 def comparison_json(snapshots: Sequence[Snapshot], found: Sequence[Compared]) -> dict[str, Any]:
@@ -168,7 +169,7 @@ def comparison_json(snapshots: Sequence[Snapshot], found: Sequence[Compared]) ->
             {"study": s.study.name, "spec_hash": s.study.spec.hash, "seeds": list(s.study.spec.seeds)}
             for s in snapshots
         ],
-        "splits": {"selection": "validation", "final": "test"},
+        "splits": protocols.SPLITS[snapshots[0].study.spec.protocol],
         "points": [
             {
                 "study": one.study,

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from headsearch.report import protocols
 from headsearch.report.tables import Table, value
 from headsearch.report.trials import STATES, in_order, short_names, shown_paths
 from headsearch.search import rungs
@@ -142,7 +143,7 @@ def captions(snapshot: Snapshot) -> list[str]:
     shown = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
     lines = [
         f"study {spec.name} ({snapshot.study.state}), protocol {spec.protocol}, spec {spec.hash[:12]}",
-        "validation accuracy selects; test accuracy was scored once for each trial and selects nothing",
+        protocols.SAID[spec.protocol],
         f"n = complete seeds of {len(spec.seeds)}"
         + ("; ± is their standard deviation" * (len(spec.seeds) > 1)),
         f"{len(snapshot.trials)} of {spec.trials} trials: {shown or 'none begun'}; {_epochs(snapshot)}",
@@ -154,7 +155,7 @@ def captions(snapshot: Snapshot) -> list[str]:
             f"{sizes['train_images']:,} training, {held_out:,} validation, "
             f"{sizes['test_images']:,} test images"
         )
-        if held_out < FEW_IMAGES:
+        if held_out < FEW_IMAGES and spec.protocol != "schliebitz2024":
             lines.append(
                 f"one validation image is {1 / held_out:.1%}: the best of many is optimistic by more"
             )
@@ -179,7 +180,7 @@ def front_json(snapshot: Snapshot) -> dict[str, Any]:
             {"name": name, "direction": direction}
             for name, direction in zip(spec.objectives, spec.directions, strict=True)
         ],
-        "splits": {"selection": "validation", "final": "test"},
+        "splits": protocols.SPLITS[spec.protocol],
         "seeds": list(spec.seeds),
         "budget": spec.budget.model_dump(mode="json"),
         "counts": {state: snapshot.counts[state] for state in STATES},

@@ -228,3 +228,30 @@ def test_the_schema_describes_base_and_every_field(capsys: pytest.CaptureFixture
     assert "docstring" not in json.dumps(schema)
     for name in ("MlpHead", "AutoencoderHead", "DataConfig", "Budget"):
         assert all(field.get("description") for field in schema["$defs"][name]["properties"].values()), name
+
+
+@pytest.mark.postgres
+def test_compare_ranks_points_and_refuses_other_protocols(
+    study: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said(capsys, "study", "create", study)
+    with open_session() as session:
+        fill(session)
+    ranked = parsed(capsys, "study", "compare", "small", "--json")
+    means = [point["validation_accuracy"]["mean"] for point in ranked["points"]]
+    assert len(means) == 5
+    assert means == sorted(means, reverse=True)
+    assert "validation" in said(capsys, "study", "compare", study)
+    assert said(capsys, "study", "compare", "small", "--markdown").startswith("| ")
+    rows = list(csv.DictReader(io.StringIO(said(capsys, "study", "compare", "small", "--csv"))))
+    assert [float(row["validation_accuracy_mean"]) for row in rows] == means
+
+    other = tmp_path / "other.toml"
+    other.write_text(STUDY.replace('"small"', '"other"\nprotocol = "ouyang2025"'))
+    said(capsys, "study", "create", str(other))
+    capsys.readouterr()
+    assert run(["study", "compare", "small", "other"]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.count("\n") == 1
+    assert "small (protocol holdout) and other (protocol ouyang2025)" in shown.err
