@@ -27,6 +27,9 @@ class DataConfig(Config):
     image_size: int | None = Field(default=None, ge=4, le=1024)
     """Side in pixels that images are resized to when decoded; none keeps the data set's own size
     (a folder's is the size of its first image's shorter side)."""
+    resize: Literal["crop", "squeeze"] = "crop"
+    """What an image that is not square becomes: `crop` its central square, `squeeze` all of it, its
+    proportions lost (Schliebitz et al. 2024)."""
     limit: int | None = Field(default=None, ge=2)
     """Use at most this many training images, drawn evenly from the classes and the same for every trial."""
     validation_fraction: float = Field(default=0.1, gt=0.0, lt=1.0)

@@ -73,8 +73,20 @@ def find_source(config: DataConfig, home: Path) -> Source:
         listing = list_folder(root)
         states = file_states(root, [name for name, _ in listing.train + listing.test])
         return Source(
-            {"name": "folder", "root": str(root), "image_size": config.image_size, "files": states},
-            lambda scratch: read_folder(listing, config.image_size, config.max_unreadable_fraction, scratch),
+            {
+                "name": "folder",
+                "root": str(root),
+                "image_size": config.image_size,
+                "resize": config.resize,
+                "files": states,
+            },
+            lambda scratch: read_folder(
+                listing,
+                config.image_size,
+                config.max_unreadable_fraction,
+                scratch,
+                squeeze=config.resize == "squeeze",
+            ),
         )
     dataset = TORCHVISION[config.name]
     root = resolve_root(config.root) if config.root is not None else home / "data"
@@ -93,6 +105,7 @@ def find_source(config: DataConfig, home: Path) -> Source:
             "name": config.name,
             "root": str(root),
             "image_size": config.image_size,
+            "resize": config.resize,
             "files": file_states(root, files),
         },
         lambda scratch: _read_torchvision(config, dataset, root, scratch),
@@ -164,7 +177,11 @@ def _read_photos(found: Any, config: DataConfig, target: Path) -> tuple[Pixels, 
     else:
         paths, labels, trim = found._image_files, found._labels, BANNER
     images, failures = decode_files(
-        [Path(path) for path in paths], config.image_size or PHOTO_SIZE, target, trim_bottom=trim
+        [Path(path) for path in paths],
+        config.image_size or PHOTO_SIZE,
+        target,
+        trim_bottom=trim,
+        squeeze=config.resize == "squeeze",
     )
     if failures:
         first = min(failures)

@@ -43,8 +43,10 @@ class Decoded:
     skipped: tuple[str, ...] = field(default=())
 
 
-def decode_file(path: Path, size: int, *, trim_bottom: int = 0) -> Pixels:
+def decode_file(path: Path, size: int, *, trim_bottom: int = 0, squeeze: bool = False) -> Pixels:
     """One image as (3, size, size); `trim_bottom` pixels are cut off its lower edge first.
+
+    `squeeze` keeps all of it, whatever its proportions, else its central square.
 
     Raises whatever PIL raises at a damaged file.
     """
@@ -56,7 +58,7 @@ def decode_file(path: Path, size: int, *, trim_bottom: int = 0) -> Pixels:
         upright = ImageOps.exif_transpose(image)
         if trim_bottom:
             upright = upright.crop((0, 0, upright.width, upright.height - trim_bottom))
-        return fit(as_rgb(upright), size)
+        return fit(as_rgb(upright), size, squeeze=squeeze)
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -78,11 +80,14 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def fit(image: Image.Image, size: int) -> Pixels:
-    """Central square of an RGB image, resized (bicubic, antialiased) to (3, size, size).
+def fit(image: Image.Image, size: int, *, squeeze: bool = False) -> Pixels:
+    """Central square of an RGB image, or all of it, resized (bicubic, antialiased) to (3, size, size).
 
-    The same as resizing the shorter side to `size` and then cropping the centre, but in one pass.
+    The square is the same as resizing the shorter side to `size` and then cropping the centre, in one pass.
     """
+    if squeeze:
+        whole = image.resize((size, size), Image.Resampling.BICUBIC)
+        return np.asarray(whole).transpose(2, 0, 1)
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     box = (left, top, left + side, top + side)
@@ -109,7 +114,7 @@ def new_array(path: Path, shape: tuple[int, ...]) -> Pixels:
 
 
 def decode_files(
-    paths: Sequence[Path], size: int, target: Path, *, trim_bottom: int = 0
+    paths: Sequence[Path], size: int, target: Path, *, trim_bottom: int = 0, squeeze: bool = False
 ) -> tuple[Pixels, dict[int, str]]:
     """All files as a memory-mapped (N, 3, size, size) array in the new file `target`.
 
@@ -122,7 +127,7 @@ def decode_files(
         failures = {}
         for index in range(start, min(start + _CHUNK, len(paths))):
             try:
-                out[index] = decode_file(paths[index], size, trim_bottom=trim_bottom)
+                out[index] = decode_file(paths[index], size, trim_bottom=trim_bottom, squeeze=squeeze)
             except Exception as error:  # a damaged file makes PIL raise almost anything
                 if isinstance(error, OSError) and error.errno not in _ABSENT:
                     raise StorageError(f"{paths[index]}: cannot be read ({error.strerror})") from error

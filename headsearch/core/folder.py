@@ -75,7 +75,9 @@ def file_states(root: Path, names: Sequence[str]) -> list[tuple[str, int, int, b
     return states
 
 
-def read_folder(listing: Listing, size: int | None, max_unreadable: float, scratch: Path) -> Decoded:
+def read_folder(
+    listing: Listing, size: int | None, max_unreadable: float, scratch: Path, *, squeeze: bool = False
+) -> Decoded:
     """Decode every file of `listing` to `size` (None: the first image's shorter side).
 
     `scratch` is a folder for intermediate arrays. Unreadable files are logged and left out. Raises
@@ -87,7 +89,7 @@ def read_folder(listing: Listing, size: int | None, max_unreadable: float, scrat
     _log.info("decoding %d images of %s to %d x %d", len(listing), listing.root, side, side)
     for split, files in (("train", listing.train), ("test", listing.test)):
         paths = [listing.root / name for name, _ in files]
-        images, failures = decode_files(paths, side, scratch / f"{split}.raw.npy")
+        images, failures = decode_files(paths, side, scratch / f"{split}.raw.npy", squeeze=squeeze)
         for index, reason in sorted(failures.items()):
             _log.warning("left out %s: %s", paths[index], reason)
             skipped.append(files[index][0])

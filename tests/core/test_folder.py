@@ -134,6 +134,22 @@ def test_shorter_side_is_resized_and_the_centre_cropped(tmp_path: Path, width: i
     assert np.abs(ours - theirs).mean() <= 4
 
 
+def test_squeezed_an_image_keeps_its_edges_and_loses_its_proportions(tmp_path: Path) -> None:
+    pixels = smooth(3, 61, 40)
+    place = tmp_path / "photos"
+    for split in ("train", "test"):
+        for label in "ab":
+            (place / split / label).mkdir(parents=True)
+            for index in range(4):
+                Image.fromarray(pixels).save(place / split / label / f"{index}.png")
+    image = torch.from_numpy(pixels).permute(2, 0, 1)
+    theirs = tv.resize(image, [SIZE, SIZE], interpolation=tv.InterpolationMode.BICUBIC, antialias=True)
+    squeezed = load(place, tmp_path, image_size=SIZE, resize="squeeze", validation_fraction=0.25)
+    assert (squeezed.test.images[0].int() - theirs.int()).abs().max() <= 1
+    cropped = load(place, tmp_path, image_size=SIZE, validation_fraction=0.25)  # another entry of the cache
+    assert squeezed.fingerprint != cropped.fingerprint
+
+
 def test_large_photographs_are_decoded_in_part(tmp_path: Path) -> None:
     pixels = smooth(4, 640, 480)
     Image.fromarray(pixels).save(tmp_path / "a.jpg", quality=95)
