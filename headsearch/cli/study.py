@@ -25,6 +25,7 @@ from headsearch.cli.options import (
 )
 
 KEPT = 1
+BROKEN = 1
 
 app = typer.Typer(help="Make, list, show and delete studies.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -202,6 +203,26 @@ def confirm(
         raise typer.Exit(INTERRUPTED)
     if result.snapshot.counts["failed"]:
         raise typer.Exit(FAILED)
+
+
+@app.command()
+def verify(name: Name, as_json: Json = False) -> None:
+    """Audit a study: budget, states here and in Optuna, leases, reports, rungs, checkpoints of paused trials.
+
+    Exit 1 if a rule is violated. Changes nothing; may be run while workers train.
+    """
+    from headsearch.runtime.bundled import study_name
+    from headsearch.runtime.session import open_session
+    from headsearch.runtime.verifying import verify as examine
+
+    with open_session() as session:
+        verdict = examine(session, study_name(name))
+    if as_json:
+        emit(verdict.to_json())
+    else:
+        emit_lines(verdict.lines())
+    if not verdict.clean:
+        raise typer.Exit(BROKEN)
 
 
 @app.command()

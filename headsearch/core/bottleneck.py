@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from headsearch.core.directions import unit_rows
 
 
 def renyi_entropy(gram: Tensor) -> Tensor:
@@ -20,7 +21,7 @@ def mutual_information(features: Tensor, projections: Tensor) -> Tensor:
     """Compute H(K1) + H(K2) - H(K1 o K2) of features (2N, F) and projections (2N, P), fp32 scalar.
 
     K1 and K2 are the Gram matrices of rows scaled to unit length, o is their elementwise product. Gradients
-    reach both arguments.
+    reach both arguments. Rows of zeros, which only a collapsed head has many of, lower all three.
     """
     return _entropies(features, projections)[1]
 
@@ -43,5 +44,5 @@ def _entropies(features: Tensor, projections: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gram(rows: Tensor) -> Tensor:
-    directions = F.normalize(rows.float(), dim=1)
+    directions = unit_rows(rows.float())
     return directions @ directions.T

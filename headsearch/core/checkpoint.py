@@ -69,6 +69,13 @@ class CheckpointFolder:
         try:
             for partial in self.path.glob(".*.partial"):
                 partial.unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(f"checkpoint in {self.path}: cannot be read ({error.strerror})") from error
+        return self.peek()
+
+    def peek(self) -> dict[str, Any] | None:
+        """Return what `load` would, and leave everything as it is: for who does not own the training."""
+        try:
             for _, path in self._files():
                 state = self._read(path)
                 if state is not None:

@@ -12,7 +12,6 @@ from typing import Final
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from headsearch.config import (
     Activation,
@@ -24,6 +23,7 @@ from headsearch.config import (
     SparseHead,
     TrialConfig,
 )
+from headsearch.core.directions import unit_rows
 from headsearch.core.encoders import feature_dim
 from headsearch.core.levels import Levels
 from headsearch.core.sparse import TopKAutoencoder
@@ -46,7 +46,7 @@ class UnitLength(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """Rows (B, F) of length 1."""
-        return F.normalize(rows.float(), dim=1)
+        return unit_rows(rows.float())
 
 
 class Reweighting(nn.Module):

@@ -6,7 +6,8 @@ from typing import Final
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from headsearch.core.directions import unit_rows
 
 CONSTANT_SPREAD: Final = 1e-6
 """A unit that spreads less, relative to its largest value or 1, is constant up to rounding."""
@@ -75,4 +76,4 @@ def saturated_units(hidden: Tensor, low: float | None, high: float | None) -> fl
 
 
 def _directions(rows: Tensor) -> Tensor:
-    return F.normalize(rows.double(), dim=1)
+    return unit_rows(rows.double())

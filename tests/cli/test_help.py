@@ -23,7 +23,7 @@ HEAVY = (
 )
 LOADED = "import sys; from headsearch.cli.app import run; code = run(sys.argv[1:]); print(*sys.modules); sys.exit(code)"
 COMMANDS = [
-    [], ["run"], ["worker"], ["train"], ["dashboard"], ["doctor"],
+    [], ["run"], ["worker"], ["train"], ["heads"], ["dashboard"], ["doctor"],
     ["study"], *(["study", name] for name in ("create", "list", "show", "front", "delete", "schema")),
     ["db"], *(["db", name] for name in ("start", "stop", "status", "url")),
 ]  # fmt: skip
@@ -103,6 +103,9 @@ def test_the_options_are_these() -> None:
         "train": ["--device", "--json", "--seed", "--set", "--threads"],
         "dashboard": ["--auth-file", "--host", "--port", "--writable"],
         "doctor": ["--json"],
+        "heads": ["--encoder", "--json", "--markdown"],
+        "study verify": ["--json"],
+        "study compare": ["--csv", "--json", "--markdown"],
         "study confirm": ["--device", "--seeds", "--threads", "--workers"],
         "study create": ["--no-check", "--set"],
         "study list": ["--json"],

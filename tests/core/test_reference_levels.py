@@ -121,3 +121,24 @@ def test_each_entry_for_itself():
 def test_fewer_than_two_levels_are_an_error(levels):
     with pytest.raises(ValueError, match=r"\S"):
         discretise(torch.zeros(2), levels)
+
+
+def test_bf16_projections_are_told_apart_as_in_fp32():
+    seed, rng = fresh()
+    z = torch.tensor(rng.uniform(-3, 3, size=2000)).bfloat16()
+    exact = away_from_boundaries(z.double().numpy(), 30)
+    rounded = torch.tensor(exact).bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = discretise(rounded, 30)
+    assert out.dtype == torch.float32, f"seed {seed}"
+    # as in fp32: what's bf16 is the projections alone
+    np.testing.assert_allclose(
+        out.detach().numpy(), [reference(v, 30) for v in exact], rtol=0, atol=1e-7, err_msg=f"seed {seed}"
+    )
+    out.sum().backward()
+    assert rounded.grad is not None
+    # a gradient in bf16 has 8 bits
+    want = [discretise_slope(v, 30) for v in exact]
+    np.testing.assert_allclose(
+        rounded.grad.float().numpy(), want, rtol=4e-3, atol=2e-6, err_msg=f"seed {seed}"
+    )

@@ -81,6 +81,15 @@ def test_uniformity_by_hand():
     assert uniformity(near) == pytest.approx(-2 * (1 + 1 + 4) * 1e-6 / 3, abs=1e-6)
 
 
+def test_bf16_rows_lose_nothing():
+    seed, rng = fresh()
+    first, second = (torch.tensor(x).bfloat16() for x in rng.normal(size=(2, 20, 6)))
+    x, y = first.double().numpy(), second.double().numpy()
+    # as in fp32: what's bf16 is the rows alone
+    assert alignment(first, second) == pytest.approx(reference_alignment(x, y), rel=1e-5), f"seed {seed}"
+    assert uniformity(first) == pytest.approx(reference_uniformity(x), rel=1e-5), f"seed {seed}"
+
+
 # Nearest neighbours
 
 
@@ -199,7 +208,9 @@ def test_accuracy_of_many_queries():
 def test_dead_units():
     seed, rng = fresh()
     for rows in (2, 9, 50):
-        hidden = rng.normal(size=(rows, 24)) * 10.0 ** rng.integers(-3, 4, size=24)
+        hidden = rng.normal(size=(rows, 24))
+        hidden[1] = hidden[0] + 1
+        hidden *= 10.0 ** rng.integers(-3, 4, size=24)
         stopped = rng.random(24) < 0.4
         hidden[:, stopped] = hidden[:1, stopped]
         x, exact = single(hidden)

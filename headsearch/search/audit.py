@@ -1,0 +1,217 @@
+"""An audit of a study: what must hold of it at any moment, read from the database in one snapshot.
+
+Nothing is changed. A trial whose outcome is decided and not yet told, and one whose lease ran out and waits
+for adoption, are legal in an open study: they are notes, not violations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, text
+
+from headsearch.search.database import Database
+from headsearch.search.studies import Study
+
+OPTUNA_STATES = {
+    "running": "RUNNING",
+    "paused": "RUNNING",
+    "complete": "COMPLETE",
+    "pruned": "PRUNED",
+    "failed": "FAIL",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something about a study that is worth a line."""
+
+    rule: str
+    """Which rule it is about, in a few words."""
+    message: str
+    violated: bool = True
+    """False for what is legal and passes by itself."""
+
+
+@dataclass(frozen=True)
+class PausedTrial:
+    """A trial that must have a checkpoint of this epoch."""
+
+    number: int
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was found, and the paused trials, whose checkpoints are not in the database."""
+
+    trials: int
+    reports: int
+    findings: tuple[Finding, ...]
+    paused: tuple[PausedTrial, ...]
+
+
+def audit(database: Database, study: Study) -> Audit:
+    """Check every rule that the database alone can tell. Raises DatabaseError when it is not reachable."""
+    with database.begin() as connection:
+        connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"))
+        reader = _Reader(connection, study)
+        findings = (
+            *reader.budget(),
+            *reader.optuna(),
+            *reader.leases(),
+            *reader.reports(),
+            *reader.rungs(),
+            *reader.values(),
+        )
+        counts = reader.one(
+            "SELECT (SELECT count(*) FROM headsearch.trials WHERE study_id = :study_id) AS trials, "
+            "(SELECT count(*) FROM headsearch.reports WHERE study_id = :study_id) AS reports"
+        )
+        paused = reader.all(
+            "SELECT number, epoch FROM headsearch.trials WHERE study_id = :study_id AND state = 'paused' "
+            "ORDER BY number"
+        )
+    return Audit(
+        counts.trials, counts.reports, findings, tuple(PausedTrial(r.number, r.epoch) for r in paused)
+    )
+
+
+class _Reader:
+    """The rules, a query each."""
+
+    def __init__(self, connection: Connection, study: Study) -> None:
+        self.connection, self.study, self.spec = connection, study, study.spec
+        self.closed = study.state == "complete"
+
+    def all(self, sql: str, **values: Any) -> list[Any]:
+        return list(self.connection.execute(text(sql), {"study_id": self.study.study_id} | values))
+
+    def one(self, sql: str, **values: Any) -> Any:
+        return self.connection.execute(text(sql), {"study_id": self.study.study_id} | values).one()
+
+    def budget(self) -> list[Finding]:
+        """No more trials than the budget, exactly as many at the end, none of them unfinished then."""
+        rows = self.all(
+            "SELECT state, count(*) AS n FROM headsearch.trials WHERE study_id = :study_id GROUP BY state"
+        )
+        counts = {row.state: row.n for row in rows}
+        total, wanted = sum(counts.values()), self.spec.trials
+        found = []
+        if total > wanted or (self.closed and total != wanted):
+            found.append(Finding("budget", f"{total} trials, the budget is {wanted}"))
+        if self.closed and (left := counts.get("running", 0) + counts.get("paused", 0)):
+            found.append(Finding("budget", f"the study is complete, and {left} of its trials are not"))
+        return found
+
+    def optuna(self) -> list[Finding]:
+        """Optuna has each trial once, in the state that ours implies, and no other."""
+        found = []
+        for row in self.all(
+            "SELECT t.number, t.state, t.outcome IS NOT NULL AS decided, o.state::text AS told, "
+            "o.number AS optuna_number FROM headsearch.trials t "
+            "LEFT JOIN public.trials o ON o.trial_id = t.trial_id "
+            "WHERE t.study_id = :study_id ORDER BY t.number"
+        ):
+            if row.told is None or row.optuna_number != row.number:
+                found.append(Finding("Optuna's trial", f"trial {row.number}: Optuna has none of this number"))
+            elif row.told != OPTUNA_STATES[row.state]:
+                waiting = row.decided and row.state in ("running", "paused") and not self.closed
+                what = "is decided and not told yet" if waiting else "was ended by another client"
+                found.append(
+                    Finding(
+                        "Optuna's state",
+                        f"trial {row.number} {what}: {row.state} here, {row.told} in Optuna",
+                        violated=not waiting,
+                    )
+                )
+        strays = self.all(
+            "SELECT number, state::text AS state FROM public.trials o WHERE study_id = :study_id "
+            "AND NOT EXISTS (SELECT 1 FROM headsearch.trials t WHERE t.trial_id = o.trial_id) ORDER BY number"
+        )
+        for row in strays:
+            unfinished = row.state in ("RUNNING", "WAITING")
+            found.append(
+                Finding(
+                    "Optuna's trial",
+                    f"trial {row.number} is only in Optuna ({row.state})"
+                    + ("" if self.closed or not unfinished else "; the next claim takes it"),
+                    violated=self.closed and unfinished,
+                )
+            )
+        return found
+
+    def leases(self) -> list[Finding]:
+        """A lease that runs is held by a registered worker that has not ended."""
+        found = []
+        for row in self.all(
+            "SELECT t.number, t.worker_id, t.lease_until < clock_timestamp() AS ran_out, "
+            "w.worker_id IS NOT NULL AS known, w.ended_at IS NOT NULL AS ended FROM headsearch.trials t "
+            "LEFT JOIN headsearch.workers w ON w.worker_id = t.worker_id "
+            "WHERE t.study_id = :study_id AND t.state = 'running' ORDER BY t.number"
+        ):
+            if row.ran_out:
+                why = "its lease ran out" if row.worker_id else "given back"
+                found.append(
+                    Finding(
+                        "leases", f"trial {row.number}: {why}; a free worker takes it over", violated=False
+                    )
+                )
+            elif not row.known or row.ended:
+                what = "has ended" if row.known else "is not registered"
+                found.append(Finding("leases", f"trial {row.number}: its worker {row.worker_id} {what}"))
+        return found
+
+    def reports(self) -> list[Finding]:
+        """Each epoch is reported once, without gaps, by a holder of the trial, before its outcome."""
+        found = []
+        for row in self.all(
+            "SELECT t.number, t.state, t.epoch, count(r.epoch) AS n, max(r.epoch) AS last, "
+            "max(r.attempt) > t.attempt AS early, "
+            "max(r.reported_at) > t.finished_at AS late FROM headsearch.trials t "
+            "LEFT JOIN headsearch.reports r USING (study_id, number) WHERE t.study_id = :study_id "
+            "GROUP BY t.study_id, t.number ORDER BY t.number"
+        ):
+            name, epochs = f"trial {row.number}", self.spec.budget.epochs
+            if row.n != (row.last or 0) or row.epoch != row.n:
+                found.append(
+                    Finding(
+                        "reports", f"{name}: {row.n} reports, the last of epoch {row.last}, at {row.epoch}"
+                    )
+                )
+            if row.state == "complete" and row.n != epochs:
+                found.append(Finding("reports", f"{name} is complete with {row.n} of {epochs} reports"))
+            if row.early:
+                found.append(Finding("fencing", f"{name}: a report of a claim that was never made"))
+            if row.late:
+                found.append(Finding("reports", f"{name}: a report after its outcome"))
+        return found
+
+    def rungs(self) -> list[Finding]:
+        """A trial pauses, and is pruned, at a rung."""
+        rungs = self.spec.rungs
+        return [
+            Finding(
+                "rungs", f"trial {row.number} is {row.state} at epoch {row.epoch}, rungs are {list(rungs)}"
+            )
+            for row in self.all(
+                "SELECT number, state, epoch FROM headsearch.trials "
+                "WHERE study_id = :study_id AND state IN ('paused', 'pruned') ORDER BY number"
+            )
+            if row.epoch not in rungs
+        ]
+
+    def values(self) -> list[Finding]:
+        """A complete trial has a value for each objective, a failed one a reason."""
+        found = []
+        for row in self.all(
+            "SELECT number, state, outcome FROM headsearch.trials WHERE study_id = :study_id "
+            "AND state IN ('complete', 'failed') ORDER BY number"
+        ):
+            values = row.outcome.get("values") or ()
+            if row.state == "complete" and len(values) != len(self.spec.objectives):
+                found.append(Finding("outcome", f"trial {row.number} is complete without all its values"))
+            if row.state == "failed" and not row.outcome.get("reason"):
+                found.append(Finding("outcome", f"trial {row.number} failed without a reason"))
+        return found
