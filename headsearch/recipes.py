@@ -2,7 +2,9 @@
 
 A recipe is everything around a head as its authors have it: views, encoder, loss scale, temperature,
 optimizer, batch, and their own head. Libraries differ in loss scale, batch norm in the head, temperature,
-jitter strength and blur, so that every recipe of theirs pins all five.
+jitter strength and blur, so that every recipe of theirs pins all five; and in whether both views share a
+batch. Two things of solo-learn's are otherwise here: its warm-up divides by one step fewer, and its online
+probe warms up from the same rate as the encoder, where ours scales it.
 
 In a configuration the recipe comes first, the system over it, and what is given beside them over both. A
 table of another ``kind`` replaces one whole.
@@ -62,7 +64,7 @@ def _solo(rate: float, views: Tree, system: str, *, batch: int, probe: float, st
         "head": {**tree["head"], **head},
         "objective": tree["objective"],
         "optimizer": {**_SOLO_LARS, "learning_rate": rate},
-        "training": {"batch_size": batch},
+        "training": {"batch_size": batch, "encode_views": "apart"},
         "probe": {"online_learning_rate": probe},
     }
 
@@ -185,7 +187,7 @@ RECIPES: Mapping[str, Recipe] = {
                 "decay_all": True,
                 "warmup_epochs": 0.0,
             },
-            "training": {"batch_size": 128},
+            "training": {"batch_size": 128, "encode_views": "apart"},
         },
     ),
 }

@@ -17,7 +17,8 @@ class Head(Config):
 
     levels: int = Field(default=0, ge=0, le=10_000)
     """Discretise the projections to this many levels per dim before the loss (Ouyang et al. 2025); 0 leaves
-    them as they are."""
+    them as they are. Small projections all round to zero: few levels need a head whose outputs are near 1,
+    and 2 levels learn nothing from torch's initialisation."""
 
     @model_validator(mode="after")
     def _two_levels(self) -> Self:

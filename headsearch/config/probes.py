@@ -50,8 +50,8 @@ class ProbeConfig(Config):
     measures: bool = True
     """Report alignment, uniformity, kNN accuracy, inactive head units and bounds on information too."""
     online_learning_rate: float = Field(default=0.1, gt=0.0)
-    """Per 256 images, of the probe that protocol `ouyang2025` trains along with the encoder, on detached
-    features and without decay."""
+    """Per 256 images (as it stands for `adamw`), of the probe that protocol `ouyang2025` trains along with
+    the encoder: on detached features, without decay, one step a batch whatever the scheme."""
     offline_learning_rate: float = Field(default=0.3, gt=0.0)
     """Per 256 images, of the probe that protocol `ouyang2025` trains on the frozen encoder."""
     offline_epochs: int = Field(default=50, ge=1)

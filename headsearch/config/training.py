@@ -143,6 +143,9 @@ class TrainingConfig(Config):
     than bf16 on CPUs without AMX."""
     channels_last: bool = True
     """Memory layout of images and convolutions."""
+    encode_views: Literal["together", "apart"] = "together"
+    """Whether both views of a batch go through encoder and head at once, and share the statistics of batch
+    norms (google-research/simclr), or one after the other (solo-learn, lightly)."""
     keep: Literal["last", "best_validation_loss"] = "last"
     """Which epoch's encoder is probed. `best_validation_loss` takes the one with the smallest loss on the
     validation images, un-augmented, both views alike (Schliebitz et al. 2024)."""

@@ -6,6 +6,8 @@ know of labels with it. All in fp32: the paper's code computes it in 16 bits.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from headsearch.core.directions import unit_rows
 
 def renyi_entropy(gram: Tensor) -> Tensor:
     """Compute -log(|K|_F^2 / n^2) of a Gram matrix K (n, n) with unit diagonal: between 0 and log n."""
-    return 2 * torch.log(torch.tensor(float(len(gram)), device=gram.device)) - gram.square().sum().log()
+    return 2 * math.log(len(gram)) - gram.square().sum().log()
 
 
 def mutual_information(features: Tensor, projections: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
@@ -71,20 +71,28 @@ class Batch:
 
     def features(self) -> Tensor:
         """Encode the views."""
-        with arithmetic(self.pair.device, self.precision):
-            features: Tensor = self.learner.encoder(self.pair)
-        return features
+        return self._encoded(self.learner.encoder, self.pair)
 
     def loss(self, features: Tensor) -> Tensor:
         """Compute the objective on the head's projections of features (2B, F)."""
-        with arithmetic(self.pair.device, self.precision):
-            projections = self.learner.head(features)
+        projections = self._encoded(self.learner.head, features)
         return objective(self.learner.config.objective, features, projections)
 
-    def online_loss(self, features: Tensor) -> Tensor | float:
-        """Compute the online probe's cross entropy on both views; no gradient reaches the features."""
+    def _encoded(self, network: nn.Module, rows: Tensor) -> Tensor:
+        """Apply `network` to the rows of both views, together or one view after the other."""
+        with arithmetic(self.pair.device, self.precision):
+            if self.learner.config.training.encode_views == "apart":
+                return torch.cat([network(view) for view in rows.chunk(2)])
+            encoded: Tensor = network(rows)
+            return encoded
+
+    def online_loss(self, features: Tensor) -> Tensor:
+        """Compute the online probe's cross entropy on both views; no gradient reaches the features.
+
+        Zero where there is no probe.
+        """
         if self.learner.online is None:
-            return 0.0
+            return features.new_zeros(())
         logits = self.learner.online(features.detach().float())
         return F.cross_entropy(logits, self.labels.repeat(2))
 
@@ -113,7 +121,8 @@ def joint_steps(batch: Batch) -> Tensor:
     for _ in range(scheme.steps_per_batch):
         features = batch.features()
         loss = batch.loss(features)
-        batch.descend(learner.optimizer, learner.config.optimizer, loss + batch.online_loss(features))
+        probed = batch.online_loss(features) if first is None else 0.0
+        batch.descend(learner.optimizer, learner.config.optimizer, loss + probed)
         first = loss.detach() if first is None else first
     assert first is not None  # noqa: S101
     return first
@@ -136,6 +145,9 @@ def alternating_steps(batch: Batch) -> Tensor:
         if turn < scheme.head_steps:
             with torch.no_grad():
                 features = batch.features()
+            if learner.online is not None:
+                # The encoder has no gradient and stays.
+                batch.descend(learner.optimizer, learner.config.optimizer, batch.online_loss(features))
             return _move_head(batch, features, steps=1)
         return _move_encoder(batch, batch.features())
     features = batch.features()

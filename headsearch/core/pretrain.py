@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headsearch.config import TrialConfig
+from headsearch.config import AlternatingScheme, TrialConfig
 from headsearch.core.checkpoint import CheckpointFolder
 from headsearch.core.encoders import feature_dim
 from headsearch.core.epoch import train_epoch
@@ -56,7 +56,7 @@ class Pretrained:
     kept_epoch: int = 0
     """Whose encoder this is; 0 where none was trained."""
     measures: dict[str, float] = field(default_factory=dict)
-    """Of the last report."""
+    """Of the kept epoch's report."""
 
 
 @dataclass
@@ -86,11 +86,7 @@ def pretrain(
     Raises SpecError if a batch does not fit the training split; TrialFailure if the loss is not finite, the
     representation collapses or memory runs out; StorageError if checkpoint or cache cannot be used.
     """
-    if config.training.epochs and len(images.train) < config.training.batch_size:
-        raise SpecError(
-            f"training.batch_size: {config.training.batch_size} is more than the {len(images.train)} "
-            f"training images of {config.data.name}"
-        )
+    check_steps(config, images)
     precision = resolve_precision(config.training, device)
     with memory_checked():
         learner = build_learner(config, images, device, home)
@@ -117,15 +113,16 @@ def pretrain(
             started = time.perf_counter()
             loss, speed = train_epoch(learner, epoch, train, views, precision, warm=warm)
             warm = True
-            found = reporter.measure(epoch, len(images.classes))
+            rank = reports[-1].projection_rank if reports else math.inf
+            found = reporter.measure(epoch, len(images.classes), rank)
             spent = reports[-1].train_seconds if reports else 0.0
             seconds = spent + time.perf_counter() - started
         reports.append(
             EpochReport(epoch=epoch, loss=loss, views_per_second=speed, train_seconds=seconds, **vars(found))
         )
         if found.measures.get("validation_loss", math.inf) < best.loss:
-            parts = {"encoder": learner.encoder, "head": learner.head}
-            weights = {name: copied(part.state_dict()) for name, part in parts.items()}
+            parts = {"encoder": learner.encoder, "head": learner.head, "online": learner.online}
+            weights = {name: copied(part.state_dict()) for name, part in parts.items() if part is not None}
             best = Best(found.measures["validation_loss"], epoch, weights)
         if checkpoints:
             checkpoints.save(
@@ -141,22 +138,41 @@ def pretrain(
         yield reports[-1]
 
     if best.weights is not None:
-        learner.encoder.load_state_dict(best.weights["encoder"])
-        learner.head.load_state_dict(best.weights["head"])
+        for part, state_of_part in best.weights.items():
+            getattr(learner, part).load_state_dict(state_of_part)
     elif config.training.keep != "last" and reports:
         raise TrialFailure("non_finite_loss", "no epoch had a finite validation loss")
+    kept = best.epoch or len(reports)
+    for network in (learner.encoder, learner.head):
+        network.zero_grad()  # gradients take as much memory as weights
     return Pretrained(
         encoder=learner.encoder,
         head=learner.head,
         online=learner.online,
-        kept_epoch=best.epoch or len(reports),
+        kept_epoch=kept,
         **asdict(head_facts(config.head, feature_dim(config.encoder), learner.head)),
         train_seconds=reports[-1].train_seconds if reports else 0.0,
         views_per_second=math.fsum(r.views_per_second for r in reports) / max(1, len(reports)),
         autoencoder=learner.autoencoder,
         precision=precision,
-        measures=reports[-1].measures if reports else {},
+        measures=reports[kept - 1].measures if reports else {},
     )
+
+
+def check_steps(config: TrialConfig, images: ImageSet) -> None:
+    """Raise SpecError unless the encoder gets a step."""
+    training, scheme = config.training, config.scheme
+    if training.epochs and len(images.train) < training.batch_size:
+        raise SpecError(
+            f"training.batch_size: {training.batch_size} is more than the {len(images.train)} "
+            f"training images of {config.data.name}"
+        )
+    steps = training.epochs * (len(images.train) // training.batch_size)
+    if isinstance(scheme, AlternatingScheme) and scheme.batches == "fresh" and 0 < steps <= scheme.head_steps:
+        raise SpecError(
+            f"scheme.head_steps: {scheme.head_steps} steps of the head come before the encoder's first, and "
+            f"the training has only {steps}; it can be at most {steps - 1}"
+        )
 
 
 def copied(weights: dict[str, Any]) -> dict[str, Tensor]:

@@ -74,8 +74,11 @@ class Reporter:
         self.validation = subset(whole, self.config.probe.report_images)
 
     @torch.no_grad()
-    def measure(self, epoch: int, classes: int) -> Measured:
-        """Measure everything. Raises TrialFailure when values are not finite or all points collapsed."""
+    def measure(self, epoch: int, classes: int, rank_before: float = math.inf) -> Measured:
+        """Measure everything. Raises TrialFailure when values are not finite or all points collapsed.
+
+        `rank_before` is the last report's projection rank: discretised projections have to collapse twice.
+        """
         encoder, head, probe = self.learner.encoder, self.learner.head, self.config.probe
         train = extract_features(encoder, self.train.images, self.views, self.precision)
         features = extract_features(encoder, self.validation.images, self.views, self.precision)
@@ -83,8 +86,15 @@ class Reporter:
         projections = outputs["z"]
         if not (train.isfinite().all() and projections.isfinite().all()):
             raise TrialFailure("non_finite_loss", f"epoch {epoch}: features or projections are not finite")
+        if self.learner.online is not None and not self.learner.online.weight.isfinite().all():
+            raise TrialFailure(
+                "non_finite_loss",
+                f"epoch {epoch}: the online probe diverged, lower probe.online_learning_rate",
+            )
         ranks = effective_rank(features), effective_rank(projections)
-        if projections.shape[1] > 1 and ranks[1] < COLLAPSED_RANK:
+        collapsed = projections.shape[1] > 1 and ranks[1] < COLLAPSED_RANK
+        # what is rounded to few levels can coincide after one epoch and part in the next
+        if collapsed and (not self.config.head.levels or rank_before < COLLAPSED_RANK):
             raise TrialFailure("collapsed", f"epoch {epoch}: all projections point in one direction")
         if bool((features == features[0]).all()):
             raise TrialFailure("collapsed", f"epoch {epoch}: all images have the same features")

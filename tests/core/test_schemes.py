@@ -11,14 +11,16 @@ import torch
 from networks import CPU, finish, start, tiny_config, tiny_images, without_timings
 
 from headsearch.config import TrialConfig
+from headsearch.core import reporting
 from headsearch.core.checkpoint import CheckpointFolder
 from headsearch.core.epoch import Batch, train_epoch
 from headsearch.core.features import build_views
 from headsearch.core.learner import Learner, build_learner
 from headsearch.core.objectives import nt_xent
 from headsearch.core.optimizers import learning_rate
+from headsearch.core.probe import evaluate
 from headsearch.core.randomness import generator
-from headsearch.errors import TrialFailure
+from headsearch.errors import SpecError, TrialFailure
 
 IMAGES = tiny_images()
 STEPS = 3
@@ -107,6 +109,31 @@ def test_joint_steps_on_each_batch(repeats: int, tmp_path: Path) -> None:
         for _ in range(repeats):
             both.step(nt_xent(head(encoder(pair)), 0.5), rate_at(config, step))
     assert_same(trained(config, tmp_path), encoder, head)
+
+
+def test_views_that_are_encoded_apart_have_batch_statistics_of_their_own(tmp_path: Path) -> None:
+    config = config_of(kind="joint").model_copy(
+        update={"training": tiny_config(training={"encode_views": "apart"}).training}
+    )
+    built = build_learner(config, IMAGES, CPU, tmp_path)
+    encoder, head = copy.deepcopy(built.encoder).train(), copy.deepcopy(built.head).train()
+    both = Plain(encoder, head)
+    for step, pair in enumerate(pairs(config)):
+        projections = [head(encoder(view)) for view in pair.chunk(2)]
+        both.step(nt_xent(torch.cat(projections), 0.5), rate_at(config, step))
+    learner = trained(config, tmp_path)
+    assert_same(learner, encoder, head)
+    norms = [module for module in learner.encoder.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert norms[0].num_batches_tracked == 2 * STEPS
+
+
+def test_fresh_batches_must_reach_the_encoder(tmp_path: Path) -> None:
+    def begin(head_steps: int) -> None:
+        next(start(config_of(kind="alternating", batches="fresh", head_steps=head_steps), IMAGES, tmp_path))
+
+    begin(8)
+    with pytest.raises(SpecError, match=r"scheme\.head_steps: 9 steps .* it can be at most 8"):
+        begin(9)
 
 
 def test_head_has_its_own_optimizer(tmp_path: Path) -> None:
@@ -217,3 +244,48 @@ def test_collapse_is_a_trial_failure(tmp_path: Path) -> None:
     with pytest.raises(TrialFailure) as caught:
         finish(start(tiny_config(), images, tmp_path))
     assert caught.value.reason == "collapsed"
+
+
+@pytest.mark.parametrize(("levels", "ranks", "fails_at"), [
+    (0, [1.0, 2.0, 2.0], 1),
+    (6, [1.0, 2.0, 1.0], None),
+    (6, [2.0, 1.0, 1.0], 3),
+])  # fmt: skip
+def test_discretised_projections_may_coincide_for_an_epoch(
+    levels: int, ranks: list[float], fails_at: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = iter(ranks)
+    monkeypatch.setattr(reporting, "effective_rank", lambda rows: next(found) if rows.shape[1] == 4 else 5.0)
+    head = {"kind": "mlp", "width": 8, "projection_dim": 4, "levels": levels}
+    folder, failed_at = CheckpointFolder(tmp_path / "checkpoint"), None
+    for epoch in (1, 2, 3):  # taken up again after every epoch
+        training = start(tiny_config(head=head), IMAGES, tmp_path, folder)
+        try:
+            for _ in range(epoch):
+                next(training)
+        except TrialFailure:
+            failed_at = epoch
+            break
+        training.close()
+    assert failed_at == fails_at
+
+
+@pytest.mark.parametrize("stop", [0, 2])
+def test_kept_epoch_has_its_own_online_probe(
+    stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([3.0, 1.0, 2.0])
+    monkeypatch.setattr(reporting.Reporter, "_validation_loss", lambda _: next(losses))
+    config = tiny_config(protocol="ouyang2025", training={"keep": "best_validation_loss"},
+                         probe={"online_learning_rate": 3.0, "offline_epochs": 1})  # fmt: skip
+    folder, saved = CheckpointFolder(tmp_path / "checkpoint"), []
+    training = start(config, IMAGES, tmp_path, folder)
+    for _ in range(stop):
+        next(training)
+        saved.append(folder.load()["online"])
+    training.close()
+    reports, kept = finish(start(config, IMAGES, tmp_path, folder))
+    assert kept.kept_epoch == 2
+    if stop:
+        assert all(torch.equal(value, saved[1][name]) for name, value in kept.online.state_dict().items())
+    assert evaluate(kept, IMAGES, config, device=CPU).probe_accuracy == reports[1].probe_accuracy
