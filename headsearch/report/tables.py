@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 _NUMBER = re.compile(r"[-+]?[\d,]*\.?\d+(e[-+]?\d+)?( ± [\d.]+)?( ?[%s])?(/\d+)?")
-LONGEST_CELL = 20
+LONGEST_CELL = 32
 
 
 @dataclass(frozen=True)

@@ -89,5 +89,5 @@ def test_tables_align_and_markdown_escapes() -> None:
 
 
 def test_values_and_durations() -> None:
-    assert [value(v) for v in (None, True, 0.00012345, "x" * 30)] == ["", "true", "0.0001234", "x" * 19 + "…"]
+    assert [value(v) for v in (None, True, 0.00012345, "x" * 40)] == ["", "true", "0.0001234", "x" * 31 + "…"]
     assert [duration(s) for s in (None, 5.4, 75, 7260)] == ["", "5 s", "1 min 15 s", "2 h 01 min"]
