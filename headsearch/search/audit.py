@@ -11,16 +11,14 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
+from headsearch.search import outcomes
 from headsearch.search.database import Database
 from headsearch.search.studies import Study
 
-OPTUNA_STATES = {
-    "running": "RUNNING",
-    "paused": "RUNNING",
-    "complete": "COMPLETE",
-    "pruned": "PRUNED",
-    "failed": "FAIL",
+TOLD = {"running": "RUNNING", "paused": "RUNNING"} | {
+    state: told.name for state, told in outcomes.OPTUNA_STATES.items()
 }
+"""Optuna's state of a trial, by ours."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,7 @@ class _Reader:
         ):
             if row.told is None or row.optuna_number != row.number:
                 found.append(Finding("Optuna's trial", f"trial {row.number}: Optuna has none of this number"))
-            elif row.told != OPTUNA_STATES[row.state]:
+            elif row.told != TOLD[row.state]:
                 waiting = row.decided and row.state in ("running", "paused") and not self.closed
                 what = "is decided and not told yet" if waiting else "was ended by another client"
                 found.append(

@@ -82,7 +82,8 @@ def test_a_run_ends_with_a_front_and_can_be_repeated_and_reproduced(world: World
     out = world.command("run", "tiny.toml", "--workers", "2", *CPU)
     lines = out.splitlines()
     assert sum(" began: " in line for line in lines) == 4
-    assert any("epoch 1/3: accuracy" in line for line in lines)
+    # a trial may be over between two looks, so that not every epoch has a line of its own
+    assert any(" complete: accuracy" in line for line in lines)
     assert "\x1b" not in out
     again = world.command("run", "tiny.toml")
     assert again.startswith("study tiny is complete: nothing to train\n")
