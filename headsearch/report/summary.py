@@ -121,6 +121,8 @@ def ending(
             + params_text(in_order(snapshot.study.spec, top.params)),
             f"train it again: {reproduction(snapshot.study.spec, top, file, overrides)}",
         ]
+    if snapshot.study.spec.mode != "search":
+        lines.append(f"all points ranked: headsearch study compare {snapshot.study.name}")
     return [*lines, f"browse: headsearch dashboard {snapshot.study.name}"]
 
 

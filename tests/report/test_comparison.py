@@ -19,6 +19,7 @@ from headsearch.report.comparison import (
     comparison_json,
     comparison_table,
 )
+from headsearch.report.summary import ending
 from headsearch.search.snapshot import Snapshot
 
 
@@ -110,3 +111,8 @@ def test_different_images_are_refused(base: dict[str, Any]) -> None:
 
 def test_normalisation_may_differ() -> None:
     assert compare([FIRST, of("other", base={"data.normalization": "zscore"})])
+
+
+def test_a_grid_ends_by_naming_the_ranking() -> None:
+    assert "all points ranked: headsearch study compare first" in ending(FIRST, "file.toml")
+    assert not any("study compare" in line for line in ending(snapshot(trial(0)), "file.toml"))
