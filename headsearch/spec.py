@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, model_validator
 
 from headsearch import space as spaces
 from headsearch.config import Config, Protocol, TrialConfig, flatten, set_path
@@ -137,7 +137,7 @@ class StudySpec(Config):
         return flat
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Self:
+    def _fits_together(self, info: ValidationInfo) -> Self:
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds: {list(self.seeds)} must all differ")
         if "probe_accuracy" not in self.objectives or len(set(self.objectives)) != len(self.objectives):
@@ -149,7 +149,8 @@ class StudySpec(Config):
         object.__setattr__(self, "space", spaces.in_order(self.space))
         self._check_mode()
         self._check_paths()
-        for params in itertools.islice(self._samples(), CHECKED_POINTS):
+        checked = CHECKED_POINTS if (info.context or {}).get("check_points", True) else 0
+        for params in itertools.islice(self._samples(), checked):
             try:
                 self.trial_config(params, self.seeds[0])
             except ValidationError as error:

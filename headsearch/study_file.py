@@ -17,14 +17,15 @@ from headsearch.recipes import KIND_DEFAULTS
 from headsearch.spec import StudySpec
 
 
-def load_study(path: Path, overrides: Iterable[str] = ()) -> StudySpec:
+def load_study(path: Path, overrides: Iterable[str] = (), *, check_points: bool = True) -> StudySpec:
     """Read, override and check a study file.
 
     Args:
         path: The TOML file.
         overrides: ``dotted.path=value`` each: a field of the study (``budget.trials=40``) or of the
             trial configuration (``data.limit=5000``), which is then the same for every trial, also
-            where the space would have varied it.
+            where the space would have varied it. A list makes new choices of a parameter of the space.
+        check_points: Whether each point must make a valid configuration.
 
     Raises:
         SpecError: The file cannot be read, is not TOML, or is not a study.
@@ -32,13 +33,13 @@ def load_study(path: Path, overrides: Iterable[str] = ()) -> StudySpec:
     tree = _read(path)
     for override in overrides:
         _apply(tree, override)
-    return parse_study(tree, source=str(path))
+    return parse_study(tree, source=str(path), check_points=check_points)
 
 
-def parse_study(tree: dict[str, Any], *, source: str) -> StudySpec:
+def parse_study(tree: dict[str, Any], *, source: str, check_points: bool = True) -> StudySpec:
     """Check plain data; `source` begins the message."""
     try:
-        return StudySpec.model_validate(tree)
+        return StudySpec.model_validate(tree, context={"check_points": check_points})
     except ValidationError as error:
         raise SpecError(f"{source}: {explain(error, StudySpec)}") from None
 
@@ -130,7 +131,7 @@ def _fix_in_space(space: Any, path: str, value: Any) -> bool:
     if path in space:
         old = space[path]
         kept = {"when": old["when"]} if isinstance(old, dict) and "when" in old else {}
-        space[path] = {"value": value, **kept}
+        space[path] = {"choices" if isinstance(value, list) else "value": value, **kept}
         return True
     table, dot, rest = path.partition(".")
     return bool(dot) and _fix_in_space(space.get(table), rest, value)

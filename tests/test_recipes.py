@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 
@@ -9,7 +11,7 @@ from headsearch.config import AlternatingScheme, BarlowTwinsObjective, MlpHead, 
 from headsearch.errors import SpecError
 from headsearch.recipes import RECIPES
 from headsearch.spec import StudySpec
-from headsearch.study_file import one_point, parse_study
+from headsearch.study_file import load_study, one_point, parse_study
 from headsearch.systems import SYSTEMS
 
 
@@ -73,6 +75,13 @@ def test_one_point_takes_another_system() -> None:
     assert one_point(spec, ["system=solo-learn"]).head.width == 2048
     assert one_point(spec, ["head.kind=linear"]).head.kind == "linear"
     assert one_point(spec, ["objective.kind=barlow-twins"]).objective.kind == "barlow-twins"
+
+
+def test_a_list_makes_new_choices(tmp_path: Path) -> None:
+    file = tmp_path / "s.toml"
+    file.write_text('name="s"\nmode="grid"\nbudget.epochs=2\nspace.system=["simclr"]\n')
+    assert load_study(file, ['system=["none", "linear"]']).trials == 2
+    assert load_study(file, ["system=none"]).trials == 1
 
 
 def refused(**changes: object) -> str:

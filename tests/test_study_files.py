@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -12,8 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from headsearch.errors import SpecError
 from headsearch.runtime.bundled import bundled
 from headsearch.runtime.session import open_session
+from headsearch.runtime.single import point_of
 from headsearch.runtime.worker import run_worker
 from headsearch.search import snapshot, studies
 from headsearch.study_file import load_study
@@ -80,9 +83,39 @@ def test_each_file_has_a_name_of_its_own_and_asks_something() -> None:
         assert path.read_text().startswith("# "), path
 
 
+def test_a_point_may_need_its_own_overrides() -> None:
+    """The command that a run prints for its best trial, where the file alone would not fit the epochs."""
+    path = STUDIES / "ouyang2025" / "simclr-cifar10.toml"
+    run = ["budget.epochs=2", "optimizer.warmup_epochs=1"]
+    load_study(path, run)
+    point = point_of(path, [*run, "system=ouyang2025-simclr-sparse"])
+    assert (point.training.epochs, point.optimizer.warmup_epochs, point.head.kind) == (2, 1, "sparse")
+    with pytest.raises(SpecError, match=r"warmup_epochs: 10 \(recipe ouyang2025-simclr-cifar\) is not below"):
+        point_of(path, ["budget.epochs=2"])
+    with pytest.raises(SpecError, match=r"optimizer\.warmup_epochs: 3 .* is not below the 2 epochs"):
+        point_of(path, ["budget.epochs=2", "optimizer.warmup_epochs=3"])
+
+
 def test_all_are_bundled() -> None:
     assert {path.resolve() for path in bundled().values()} == set(FILES)
     assert {"quickstart", "systems", "ouyang2025/simclr-cifar10"} <= bundled().keys()
+
+
+def hint_of(path: Path) -> list[str]:
+    """Overrides that a file's comment suggests for a small try."""
+    comment = "".join(line for line in path.read_text().splitlines() if line.startswith("#"))
+    return re.findall(r"--set (?!data\.name|data\.root|PATH)([a-z_.]+=[^\s\\#]+)", comment)
+
+
+HINTED = [path for path in FILES if hint_of(path)]
+
+
+@pytest.mark.parametrize("path", HINTED, ids=[str(path.relative_to(STUDIES)) for path in HINTED])
+def test_hints_make_a_smaller_study_that_still_asks_something(path: Path) -> None:
+    small, whole = load_study(path, hint_of(path)), load_study(path)
+    assert small.name != whole.name
+    assert small.budget.epochs < whole.budget.epochs
+    assert len(small.cells()) > len(small.seeds), "one point answers nothing"
 
 
 @pytest.mark.postgres

@@ -143,6 +143,9 @@ def train(
         f"{splits['selection']} ({measured.validation_images:,} images), {measured.test_accuracy:.4f} on "
         f"{splits['final']} ({measured.test_images:,} images)"
     )
+    for name, number in measured.details.items():
+        if isinstance(number, float):
+            typer.echo(f"{name.replace('_', ' ')} {number:.4g}")
     if trained.measures:
         shown = ", ".join(f"{name} {number:.4g}" for name, number in trained.measures.items())
         typer.echo(f"last report: {shown}")

@@ -75,9 +75,10 @@ class TrialConfig(Config):
         paths = {"optimizer": self.optimizer} | ({"scheme.head_optimizer": own} if own else {})
         for path, optimizer in paths.items():
             if self.training.epochs and optimizer.warmup_epochs >= self.training.epochs:
+                from_recipe = f" (recipe {self.recipe})" if self.recipe and path == "optimizer" else ""
                 raise ValueError(
-                    f"{path}.warmup_epochs: {optimizer.warmup_epochs:g} is not below the "
-                    f"{self.training.epochs} epochs of the training"
+                    f"{path}.warmup_epochs: {optimizer.warmup_epochs:g}{from_recipe} is not below the "
+                    f"{self.training.epochs} epochs of the training; set it lower, or more epochs"
                 )
         return self
 

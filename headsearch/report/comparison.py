@@ -24,6 +24,9 @@ from headsearch.search.snapshot import Snapshot, TrialRow
 RANKING_FREE = ("data.normalization", "data.image_size", "data.download", "data.max_unreadable_fraction")
 """Fields of the data that leave the question the same; `space` may vary the first two."""
 
+OFFLINE = ("offline_validation_accuracy", "offline_test_accuracy")
+"""Of protocol `ouyang2025`'s second probe, trained on the frozen encoder."""
+
 
 @dataclass(frozen=True)
 class Compared:
@@ -90,6 +93,7 @@ def _measures(trials: Sequence[TrialRow]) -> dict[str, float]:
     rows = [
         {
             **trial.facts.get("measures", {}),
+            **{name: trial.facts[name] for name in OFFLINE if name in trial.facts},
             "feature_rank": trial.feature_rank,
             "projection_rank": trial.projection_rank,
             "train_seconds": trial.train_seconds,
@@ -105,6 +109,7 @@ def comparison_table(snapshots: Sequence[Snapshot], found: Sequence[Compared]) -
     """One row a point: what it is, accuracies as mean ± standard deviation over n seeds, and measures."""
     paths = _paths(snapshots)
     several = ("study",) if len(snapshots) > 1 else ()
+    offline = [name for name in OFFLINE if any(name in one.measures for one in found)]
     rows = tuple(
         (
             *((one.study,) if several else ()),
@@ -118,6 +123,7 @@ def comparison_table(snapshots: Sequence[Snapshot], found: Sequence[Compared]) -
             _number(one.measures, "feature_rank", ".1f"),
             _number(one.measures, "projection_rank", ".1f"),
             _number(one.measures, "train_seconds", ".0f"),
+            *(_number(one.measures, name, ".4f") for name in offline),
         )
         for one in found
     )
@@ -135,7 +141,7 @@ def comparison_table(snapshots: Sequence[Snapshot], found: Sequence[Compared]) -
         "rank z",
         "s",
     )
-    return Table(columns, rows)
+    return Table((*columns, *(name.replace("_accuracy", "").replace("_", " ") for name in offline)), rows)
 
 
 def comparison_captions(snapshots: Sequence[Snapshot]) -> list[str]:

@@ -53,7 +53,8 @@ def point_of(path: Path, overrides: Sequence[str], *, seed: int | None = None) -
     """
     of_study = [given for given in overrides if _top(given) in StudySpec.model_fields]
     of_trial = [given for given in overrides if _top(given) not in StudySpec.model_fields]
-    return one_point(load_study(path, of_study), of_trial, seed=seed)
+    # With overrides of the trial, the file's own points are not trained and need not be valid.
+    return one_point(load_study(path, of_study, check_points=not of_trial), of_trial, seed=seed)
 
 
 def _top(override: str) -> str:

@@ -69,6 +69,15 @@ def test_table_names_the_study_only_where_there_are_several() -> None:
     assert comparison_table([FIRST, SECOND], compare([FIRST, SECOND])).columns[:2] == ("study", "system")
 
 
+def test_an_offline_probe_has_columns_of_its_own() -> None:
+    facts = {"offline_validation_accuracy": 0.41, "offline_test_accuracy": 0.42}
+    seen = of("probed", trial(0, params={"system": "simclr"}, facts=facts), protocol="ouyang2025")
+    table = comparison_table([seen], compare([seen]))
+    assert table.columns[-2:] == ("offline validation", "offline test")
+    assert table.rows[0][-2:] == ("0.4100", "0.4200")
+    assert "offline test" not in comparison_table([FIRST], compare([FIRST])).columns
+
+
 def test_captions_say_protocol_seeds_and_sizes() -> None:
     text = "\n".join(comparison_captions([FIRST]))
     assert "protocol holdout" in text
