@@ -13,6 +13,7 @@
     |   +-- ServeError            the dashboard's address cannot be used
     |   +-- ServerError           the embedded PostgreSQL could not be started or stopped
     +-- TrialFailure          one trial cannot go on; `reason` is stored with it
+    +-- TrainingStopped       it was asked to, inside an epoch; its checkpoint says where it goes on
     +-- LeaseLost             another worker owns the trial now; whoever sees this tells nothing
 
 Every message is one line. The command line prints it after ``error:`` and exits with `exit_code`.
@@ -22,7 +23,17 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-FailureReason = Literal["non_finite_loss", "collapsed", "out_of_memory", "unbuildable", "lost", "error"]
+FailureReason = Literal[
+    "non_finite_loss",
+    "collapsed",
+    "out_of_memory",
+    "unbuildable",
+    "epoch_time",
+    "hung",
+    "lost",
+    "cancelled",
+    "error",
+]
 
 
 class HeadsearchError(Exception):
@@ -93,6 +104,10 @@ class TrialFailure(HeadsearchError):
     def __init__(self, reason: FailureReason, message: str) -> None:
         super().__init__(message)
         self.reason: FailureReason = reason
+
+
+class TrainingStopped(HeadsearchError):
+    """A training was asked to stop inside an epoch, and saved a checkpoint."""
 
 
 class LeaseLost(HeadsearchError):

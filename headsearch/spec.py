@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError, ValidationInfo, model_validator
 from headsearch import space as spaces
 from headsearch.config import Config, Protocol, TrialConfig, flatten, set_path
 from headsearch.fields import explain, fields_at
+from headsearch.resilience import Lease, WorkerSpec
 from headsearch.space import Params, Space
 
 Objective = Literal["probe_accuracy", "projection_dim", "head_parameters", "train_seconds"]
@@ -76,15 +77,6 @@ class SamplerSpec(Config):
     """The same seed and the same history give the same proposals."""
 
 
-class Lease(Config):
-    """When a trial is taken from a worker that no longer answers."""
-
-    seconds: float = Field(default=60.0, ge=1.0, le=86_400.0)
-    """A worker renews its lease three times in this span; after it, another adopts the trial."""
-    max_attempts: int = Field(default=5, ge=1, le=1000)
-    """Workers that may be lost over one trial before it fails with reason `lost`."""
-
-
 class StudySpec(Config):
     """One question about projection heads."""
 
@@ -111,6 +103,8 @@ class StudySpec(Config):
     """Who proposes points."""
     lease: Lease = Lease()
     """Patience with silent workers."""
+    worker: WorkerSpec = WorkerSpec()
+    """Checkpoints, signals, limits."""
     base: dict[str, Any] = {}
     """Fields of the trial configuration that are the same for every trial."""
     space: Space = {}

@@ -27,7 +27,9 @@ from headsearch.cli.options import (
 KEPT = 1
 BROKEN = 1
 
-app = typer.Typer(help="Make, list, show and delete studies.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    help="Make, list, show, steer and delete studies.", no_args_is_help=True, rich_markup_mode=None
+)
 
 
 @app.command()
@@ -75,7 +77,8 @@ def list_studies(as_json: Json = False) -> None:
 def show(name: Name, as_json: Json = False) -> None:
     """Show a study: spec, counts, all trials, workers."""
     from headsearch.report.progress import counts_line
-    from headsearch.report.summary import header, study_json, worker_lines
+    from headsearch.report.status import worker_lines
+    from headsearch.report.summary import header, study_json
     from headsearch.report.trials import trial_table
     from headsearch.runtime.bundled import study_name
     from headsearch.runtime.session import open_session

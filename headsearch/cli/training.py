@@ -44,7 +44,7 @@ def run(
     Exit codes: 0 done, 1 some trials failed, 2 wrong input, 130 interrupted.
     """
     from headsearch.cli.display import open_display
-    from headsearch.report.summary import ending, ending_json, header
+    from headsearch.report.summary import ending, ending_json, header, nothing_to_train
     from headsearch.runtime.bundled import study_file
     from headsearch.runtime.running import Crew, make_study, run_study
     from headsearch.runtime.session import open_session
@@ -62,7 +62,7 @@ def run(
             emit(ending_json(result.snapshot, study, given, seconds=result.seconds))
         else:
             if not result.started:
-                emit_lines([f"study {made.name} is complete: nothing to train", ""])
+                emit_lines([nothing_to_train(made), ""])
             elif result.interrupted:
                 emit_lines(["interrupted: the same command goes on from here", ""])
             seconds = result.seconds if result.started else None

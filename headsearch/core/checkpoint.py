@@ -12,7 +12,7 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import torch
 
@@ -24,34 +24,76 @@ MAGIC: Final = b"headsearch checkpoint 1\n"
 DIGEST_BYTES: Final = 32
 KEPT: Final = 2
 NAME: Final = re.compile(r"(\d{6,})\.checkpoint")
+PER_GENERATION: Final = 1_000_000
+
+
+class Checkpoints(Protocol):
+    """The last states of one training, wherever they are kept.
+
+    `generation` rises whenever the training goes to another owner. States of a later one are newer, so what
+    an owner that was replaced still writes is never loaded in their place.
+    """
+
+    generation: int
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Keep `state`: tensors, numbers, strings and containers of them. StorageError if that fails."""
+
+    def load(self) -> dict[str, Any] | None:
+        """Return the newest state that is whole, tensors on the CPU, or None; for who owns the training."""
+
+    def peek(self) -> dict[str, Any] | None:
+        """Return what `load` would, and leave everything as it is."""
+
+    def remove(self) -> None:
+        """Forget all states. Nothing happens if there are none."""
+
+
+def encode(state: Mapping[str, Any]) -> list[bytes | memoryview]:
+    """`state` as a magic line, a BLAKE2b digest and torch's zip of tensors and plain values."""
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    content = buffer.getbuffer()
+    return [MAGIC, hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest(), content]
+
+
+def decode(content: bytes) -> dict[str, Any] | None:
+    """What `encode` was given, tensors on the CPU; None for anything else. Unpickles no code."""
+    start = len(MAGIC) + DIGEST_BYTES
+    body = memoryview(content)[start:]
+    digest = hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest()
+    if content[:start] != MAGIC + digest:
+        return None
+    try:
+        state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError):
+        return None  # whole, and not ours
+    return state if isinstance(state, dict) else None
 
 
 class CheckpointFolder:
-    """The last two states of one training, newest first, under one folder of its own.
+    """The last two states of one training, newest first, as files under one folder of its own.
 
-    A file is a magic line, a BLAKE2b digest and torch's zip of tensors and plain values. It appears complete
-    or not at all. Loading checks the digest and unpickles no code.
+    A file appears complete or not at all.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, generation: int = 0) -> None:
+        self.path, self.generation = path, generation
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Write `state`: tensors, numbers, strings and containers of them. StorageError if that fails."""
-        buffer = io.BytesIO()
-        torch.save(dict(state), buffer)
-        content = buffer.getbuffer()
-        digest = hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
+        """Write `state`. StorageError if that fails."""
+        parts = encode(state)
         temporary = self.path / f".{os.getpid()}-{uuid.uuid4().hex}.partial"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            number = max((number for number, _ in self._files()), default=0) + 1
+            first = self.generation * PER_GENERATION
+            number = 1 + max((n for n, _ in self._files() if n < first + PER_GENERATION), default=0)
             try:
                 with temporary.open("wb") as file:
-                    file.writelines((MAGIC, digest, content))
+                    file.writelines(parts)
                     file.flush()
                     os.fsync(file.fileno())
-                temporary.rename(self.path / f"{number:06d}.checkpoint")
+                temporary.rename(self.path / f"{max(number, first):06d}.checkpoint")
             finally:
                 temporary.unlink(missing_ok=True)
             sync_folder(self.path)
@@ -76,10 +118,17 @@ class CheckpointFolder:
     def peek(self) -> dict[str, Any] | None:
         """Return what `load` would, and leave everything as it is: for who does not own the training."""
         try:
-            for _, path in self._files():
-                state = self._read(path)
+            files = [path for _, path in self._files()]
+            for path, older in zip(files, [*files[1:], None], strict=False):
+                try:
+                    content = path.read_bytes()
+                except (FileNotFoundError, IsADirectoryError):
+                    content = b""  # its owner went on, or it is none of ours
+                state = decode(content)
                 if state is not None:
                     return state
+                instead = f"falling back to {older.name}" if older else "none is left, starting anew"
+                logger.warning("checkpoint %s is damaged; %s", path, instead)
         except OSError as error:
             raise StorageError(f"checkpoint in {self.path}: cannot be read ({error.strerror})") from error
         return None
@@ -98,21 +147,6 @@ class CheckpointFolder:
             return []
         found = [(NAME.fullmatch(path.name), path) for path in self.path.iterdir()]
         return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
-
-    @staticmethod
-    def _read(path: Path) -> dict[str, Any] | None:
-        content = path.read_bytes()
-        start = len(MAGIC) + DIGEST_BYTES
-        body = memoryview(content)[start:]
-        digest = hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest()
-        if content[:start] == MAGIC + digest:
-            try:
-                state: dict[str, Any] = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
-                return state
-            except (pickle.UnpicklingError, RuntimeError):
-                pass  # whole, and not ours
-        logger.warning("checkpoint %s is damaged; falling back to the one before", path)
-        return None
 
 
 def sync_folder(path: Path) -> None:

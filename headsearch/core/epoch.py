@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -18,40 +19,90 @@ from headsearch.core.images import Split
 from headsearch.core.learner import Learner
 from headsearch.core.objectives import objective
 from headsearch.core.optimizers import learning_rate, set_rate
-from headsearch.core.randomness import generator, streams
+from headsearch.core.randomness import generator, set_stream_states, stream_states, streams
 from headsearch.core.views import Views
 from headsearch.errors import TrialFailure
 
 CPU: Final = torch.device("cpu")
 
 
+@dataclass
+class Position:
+    """How far an epoch has come: all that its remaining steps depend on beside the learner.
+
+    The order of the images is drawn from seed and epoch, so the step tells which of them are left.
+    """
+
+    step: int
+    """Steps made."""
+    total: Tensor
+    """Sum of their losses, a scalar in fp32 on the device."""
+    views: Tensor
+    """State of the generator that draws the views, uint8 on the CPU."""
+    streams: list[Tensor]
+    """States of the global generators that dropout draws from."""
+    device: str
+    """Kind of the device whose generators these are."""
+    seconds: float = 0.0
+    """Spent on the epoch up to here."""
+
+
 def train_epoch(
-    learner: Learner, epoch: int, train: Split, views: Views, precision: Precision, *, warm: bool
+    learner: Learner,
+    epoch: int,
+    train: Split,
+    views: Views,
+    precision: Precision,
+    *,
+    warm: bool,
+    start: Position | None = None,
+    between: Callable[[Callable[[], Position]], None] | None = None,
 ) -> tuple[float, float]:
     """Make one pass over `train`; return its mean loss and its views per second.
 
     Waits for the device once, at the end; `warm` says that this process has trained a step before, else the
-    first one is left out of the views per second. Raises TrialFailure when the loss is not finite.
+    first one is left out of the views per second, which counts the steps of this call only. `start` takes
+    up an epoch where its position was told; `between` is called after each step but the last, with a
+    function that tells the position. Raises TrialFailure when the loss is not finite.
     """
     config, images = learner.config, train.images
+    device = images.device
     batch_size, steps = config.training.batch_size, len(images) // config.training.batch_size
     order = torch.randperm(len(images), generator=generator(CPU, config.seed, "shuffle", epoch))
-    order = order.to(images.device)
-    draws = generator(images.device, config.seed, "views", epoch)
+    order = order.to(device)
+    draws = generator(device, config.seed, "views", epoch)
     learner.encoder.train()
     learner.head.train()
-    total = torch.zeros((), device=images.device)
-    started, timed = time.perf_counter(), steps
-    with streams(images.device, config.seed, "dropout", epoch):
-        for step in range(steps):
+    total, first = torch.zeros((), device=device), 0
+    began = started = time.perf_counter()
+    with streams(device, config.seed, "dropout", epoch):
+        if start is not None:
+            first, total = start.step, start.total.to(device)
+            if start.device == device.type:
+                draws.set_state(start.views)
+                set_stream_states(device, start.streams)
+            else:
+                # Generators of two kinds of device have no state in common.
+                draws = generator(device, config.seed, "views", epoch, first)
+        timed, made = steps - first, first
+
+        def position() -> Position:
+            seconds = time.perf_counter() - began + (start.seconds if start else 0.0)
+            states = stream_states(device)
+            return Position(made, total.detach().clone(), draws.get_state(), states, device.type, seconds)
+
+        for step in range(first, steps):
             rows = order[step * batch_size : (step + 1) * batch_size]
             with torch.no_grad():
                 pair = views.pair(images[rows], draws)
             batch = Batch(learner, precision, pair, train.labels[rows], (epoch - 1) * steps + step, steps)
             total += STEPS[config.scheme.kind](batch)
-            if step == 0 and not warm and steps > 1:
-                wait_for(images.device)
-                started, timed = time.perf_counter(), steps - 1
+            if step == first and not warm and timed > 1:
+                wait_for(device)
+                started, timed = time.perf_counter(), timed - 1
+            made = step + 1
+            if between is not None and made < steps:
+                between(position)
     mean = float(total) / steps
     speed = 2 * batch_size * timed / (time.perf_counter() - started)
     if not math.isfinite(mean):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
+import platform
 from dataclasses import dataclass
 
 import torch
@@ -62,3 +64,19 @@ def set_threads(threads: int | None) -> None:
     """Let torch use this many CPU threads; None leaves it as it is."""
     if threads is not None:
         torch.set_num_threads(threads)
+
+
+def software() -> dict[str, str | int]:
+    """What bit-identical results depend on beside the configuration: versions and CPU threads."""
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def device_label(device: torch.device) -> str:
+    """A device for people: ``cuda:0 NVIDIA A100``, ``cpu of 8 cores``."""
+    if device.type == "cuda":
+        return f"{device} {torch.cuda.get_device_name(device)}"
+    return f"cpu of {os.cpu_count()} cores"

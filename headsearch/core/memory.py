@@ -22,3 +22,9 @@ def memory_checked() -> Iterator[None]:
         if not known:
             raise
         raise TrialFailure("out_of_memory", f"out of memory: {text.splitlines()[0]}") from error
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what torch's allocator keeps of the device for later use."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

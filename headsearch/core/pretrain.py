@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from headsearch.config import AlternatingScheme, TrialConfig
-from headsearch.core.checkpoint import CheckpointFolder
+from headsearch.core.checkpoint import Checkpoints
+from headsearch.core.control import Control, EveryEpoch
 from headsearch.core.encoders import feature_dim
-from headsearch.core.epoch import train_epoch
+from headsearch.core.epoch import Position, train_epoch
 from headsearch.core.features import Precision, build_views, resolve_precision
 from headsearch.core.heads import HeadFacts, describe_head, head_facts
 from headsearch.core.images import ImageSet
 from headsearch.core.learner import build_learner
 from headsearch.core.memory import memory_checked
 from headsearch.core.reporting import EpochReport, Reporter
-from headsearch.errors import SpecError, TrialFailure
+from headsearch.errors import SpecError, TrainingStopped, TrialFailure
 
 __all__ = ["EpochReport", "HeadFacts", "Pretrained", "describe_head", "pretrain"]
 
@@ -74,20 +75,24 @@ def pretrain(
     *,
     device: torch.device,
     home: Path,
-    checkpoints: CheckpointFolder | None = None,
+    checkpoints: Checkpoints | None = None,
+    control: Control | None = None,
 ) -> Generator[EpochReport, None, Pretrained]:
     """Train encoder and head on two views of each training image; yield a report after every epoch.
 
-    The checkpoint is saved before its report is yielded. With a checkpoint of the same config and images, the
-    reports so far are yielded again, unchanged, and training goes on as if it had never stopped: all
+    A checkpoint is saved before the report of its epoch is yielded: after every epoch, or when `control`
+    says so. With a checkpoint of the same config and images, the reports so far are yielded again,
+    unchanged, and training goes on as if it had never stopped, be it in the middle of an epoch: all
     randomness comes from the seed, the epoch and the step. Never reads ``images.test`` and leaves torch's
     global generator as it is.
 
     Raises SpecError if a batch does not fit the training split; TrialFailure if the loss is not finite, the
-    representation collapses or memory runs out; StorageError if checkpoint or cache cannot be used.
+    representation collapses or memory runs out; StorageError if checkpoint or cache cannot be used;
+    TrainingStopped if `control` says to stop inside an epoch.
     """
     check_steps(config, images)
     precision = resolve_precision(config.training, device)
+    control = control or EveryEpoch()
     with memory_checked():
         learner = build_learner(config, images, device, home)
         views = build_views(config, images, device)
@@ -100,41 +105,62 @@ def pretrain(
         logger.warning("checkpoint of another config or image set ignored; training starts at epoch 1")
         state = None
     reports: list[EpochReport] = []
-    best = Best()
+    best, start = Best(), None
     if state:
         learner.load(state)
         reports = [EpochReport(**report) for report in state["reports"]]
         best = Best(**state["best"])
+        start = Position(**state["position"]) if state.get("position") else None
     yield from reports
+
+    def save(position: Position | None = None) -> None:
+        if checkpoints:
+            checkpoints.save(
+                {
+                    "identity": identity,
+                    "epoch": len(reports),
+                    "position": vars(position) if position else None,
+                    **learner.state(),
+                    "reports": [asdict(report) for report in reports],
+                    "best": vars(best),
+                }
+            )
+
+    def between(tell: Callable[[], Position]) -> None:
+        verdict = control.at_step()
+        if verdict != "go on":
+            position = tell()
+            save(position)
+            if verdict == "stop":
+                raise TrainingStopped(f"in epoch {len(reports) + 1} after {position.step} steps")
 
     warm = False
     for epoch in range(len(reports) + 1, config.training.epochs + 1):
         with memory_checked():
             started = time.perf_counter()
-            loss, speed = train_epoch(learner, epoch, train, views, precision, warm=warm)
-            warm = True
+            before = start.seconds if start else 0.0
+            control.at_epoch(epoch)
+            loss, speed = train_epoch(
+                learner, epoch, train, views, precision, warm=warm, start=start, between=between
+            )
+            warm, start = True, None
             rank = reports[-1].projection_rank if reports else math.inf
             found = reporter.measure(epoch, len(images.classes), rank)
-            spent = reports[-1].train_seconds if reports else 0.0
-            seconds = spent + time.perf_counter() - started
-        reports.append(
-            EpochReport(epoch=epoch, loss=loss, views_per_second=speed, train_seconds=seconds, **vars(found))
-        )
-        if found.measures.get("validation_loss", math.inf) < best.loss:
-            parts = {"encoder": learner.encoder, "head": learner.head, "online": learner.online}
-            weights = {name: copied(part.state_dict()) for name, part in parts.items() if part is not None}
-            best = Best(found.measures["validation_loss"], epoch, weights)
-        if checkpoints:
-            checkpoints.save(
-                {
-                    "identity": identity,
-                    "epoch": epoch,
-                    **learner.state(),
-                    "reports": [asdict(report) for report in reports],
-                    "train_seconds": seconds,
-                    "best": vars(best),
-                }
+            before += reports[-1].train_seconds if reports else 0.0
+            seconds = before + time.perf_counter() - started
+            reports.append(
+                EpochReport(
+                    epoch=epoch, loss=loss, views_per_second=speed, train_seconds=seconds, **vars(found)
+                )
             )
+            if found.measures.get("validation_loss", math.inf) < best.loss:
+                parts = {"encoder": learner.encoder, "head": learner.head, "online": learner.online}
+                weights = {
+                    name: copied(part.state_dict()) for name, part in parts.items() if part is not None
+                }
+                best = Best(found.measures["validation_loss"], epoch, weights)
+            if epoch == config.training.epochs or control.save_after(epoch):
+                save()
         yield reports[-1]
 
     if best.weights is not None:

@@ -43,3 +43,18 @@ def streams(device: torch.device, seed: int, *purpose: str | int) -> Iterator[No
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(derive_seed(seed, *purpose))
         yield
+
+
+def stream_states(device: torch.device) -> list[torch.Tensor]:
+    """States of the global streams that `streams` seeds, uint8 on the CPU."""
+    states = [torch.default_generator.get_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
+
+
+def set_stream_states(device: torch.device, states: list[torch.Tensor]) -> None:
+    """Take up what `stream_states` told of a device of the same kind."""
+    torch.default_generator.set_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)

@@ -44,6 +44,7 @@ def confirmation(snapshot: Snapshot, seeds: int) -> StudySpec:
             "protocol": spec.protocol,
             "budget": {"epochs": spec.budget.epochs},
             "lease": spec.lease.model_dump(),
+            "worker": spec.worker.model_dump(),
             "base": spec.base,
         }
     )

@@ -44,6 +44,13 @@ def header(study: Study, database: str) -> list[tuple[str, str]]:
     ]
 
 
+def nothing_to_train(study: Study) -> str:
+    """Why no worker is started on a study that has ended."""
+    if study.state == "cancelled":
+        return f"study {study.name} is cancelled; to go on: headsearch study resume {study.name}"
+    return f"study {study.name} is complete: nothing to train"
+
+
 def space_text(spec: StudySpec) -> str:
     """How many parameters vary and how many points there are."""
     if spec.points:
@@ -209,13 +216,3 @@ def listing(found: Sequence[tuple[Study, Progress]]) -> Table:
         for study, done in found
     )
     return Table(("study", "state", "trials", "by state", "best validation", "created"), rows)
-
-
-def worker_lines(snapshot: Snapshot) -> list[str]:
-    """A line for each worker that has not ended, and how long it has been silent."""
-    late = snapshot.study.spec.lease.seconds
-    return [
-        f"worker {worker.worker_id} on {worker.device}, last heard {duration(worker.seconds_silent)} ago"
-        + (" (lost)" if worker.seconds_silent > late else "")
-        for worker in snapshot.workers
-    ]

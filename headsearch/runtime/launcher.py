@@ -15,9 +15,11 @@ from typing import Self
 from headsearch.home import logs_folder, make_folder
 
 RESTARTS = 3
-"""Times that a worker which died is started again, in a row over all workers of a launch."""
-STOP_SECONDS = 120.0
-"""For workers to finish their epoch after they were asked to stop."""
+"""Times for each worker of a launch that one which died soon is started again."""
+SOON_SECONDS = 60.0
+"""One that lived longer did some work, and may die again: that is what leases are for."""
+STOP_SECONDS = 60.0
+"""Beyond the drain time, for workers to save, say so and leave."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class LocalWorkers:
         self._logs = make_folder(logs_folder(home) / study)
         self._gpus = len(gpus()) if device == "auto" else 0
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._started_at: dict[int, float] = {}
         self._restarts = 0
 
     def __enter__(self) -> Self:
@@ -94,21 +97,22 @@ class LocalWorkers:
         return self._logs / f"worker-{index}.log"
 
     def poll(self) -> list[ExitedWorker]:
-        """Workers that ended since the last call. One that died is started again, a few times in all."""
+        """Workers that ended since the last call. One that died is started again, within limits."""
         exited = []
         for index, process in list(self._processes.items()):
             code = process.poll()
             if code is None:
                 continue
             del self._processes[index]
-            again = code != 0 and self._restarts < RESTARTS * self._count
+            soon = time.monotonic() - self._started_at[index] < SOON_SECONDS
+            again = code != 0 and (not soon or self._restarts < RESTARTS * self._count)
             if again:
-                self._restarts += 1
+                self._restarts += soon
                 self._start(index)
             exited.append(ExitedWorker(index, code, self.log(index), again))
         return exited
 
-    def stop(self, seconds: float = STOP_SECONDS) -> None:
+    def stop(self, seconds: float = 2 * STOP_SECONDS) -> None:
         """Ask all workers to finish their epoch and leave; kill those that do not in time."""
         running = [process for process in self._processes.values() if process.poll() is None]
         for process in running:
@@ -127,6 +131,7 @@ class LocalWorkers:
         command += ["--device", device, "--threads", str(self._threads), "--parent", str(os.getpid())]
         # Torch reads these once, at import.
         environment = os.environ | {"OMP_NUM_THREADS": str(self._threads)}
+        self._started_at[index] = time.monotonic()
         with self.log(index).open("ab") as log:
             self._processes[index] = subprocess.Popen(
                 command,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from headsearch.errors import HeadsearchError, UnknownStudyError, WorldError
-from headsearch.runtime.launcher import ExitedWorker, LocalWorkers, default_workers
+from headsearch.runtime.launcher import STOP_SECONDS, ExitedWorker, LocalWorkers, default_workers
 from headsearch.runtime.patience import patiently
 from headsearch.runtime.session import Session
 from headsearch.runtime.signals import drain_on_signal
@@ -73,7 +73,7 @@ def make_study(
         existing: Study | None = studies.get(session.database, spec.name)
     except UnknownStudyError:
         existing = None
-    if existing is None or existing.state == "open":
+    if existing is None or not existing.ended:
         if device is not None:
             from headsearch.core.device import pick_device  # loads torch
 
@@ -82,6 +82,10 @@ def make_study(
             from headsearch.runtime import preflight  # loads torch
 
             notes = preflight.check(spec, session.home)
+        if existing is None and data_check and spec.worker.checkpoint_store:
+            from headsearch.runtime.checkpoints import check_store  # loads torch
+
+            check_store(spec.worker.checkpoint_store)
     return *studies.create(session.database, spec), notes
 
 
@@ -93,7 +97,7 @@ def run_study(session: Session, study: Study, crew: Crew, watch: Watcher) -> Run
     """
     began = time.monotonic()
     first = snapshots.read(session.database, study.name)
-    if first.study.state == "complete":
+    if first.study.ended:
         return RunResult(first, started=False, interrupted=False, seconds=0.0)
     count = crew.workers or default_workers(crew.device)
     where = f"{count} worker{'s' if count > 1 else ''}, device {crew.device}"
@@ -102,6 +106,7 @@ def run_study(session: Session, study: Study, crew: Crew, watch: Watcher) -> Run
         LocalWorkers(study.name, count, device=crew.device, threads=crew.threads, home=session.home) as pool,
     ):
         watch.start(first, f"{where}; logs in {pool.log(0).parent}")
+        state = "open"
         while True:
             for exited in pool.poll():
                 if exited.returncode:
@@ -111,22 +116,25 @@ def run_study(session: Session, study: Study, crew: Crew, watch: Watcher) -> Run
             now = patiently(session, lambda: snapshots.read(session.database, study.name), watch.note)
             read_seconds = time.monotonic() - read_at
             watch.update(now)
-            if now.study.state == "complete":
+            if now.study.ended:
                 break
+            if now.study.state != state:
+                state = now.study.state
+                watch.note(f"study {study.name} is {state}")
             if not alive and not drain.is_set():
                 raise WorldError(
-                    f"all workers ended before study {study.name} was complete; see {pool.log(0).parent}, "
+                    f"all workers ended before study {study.name} did; see {pool.log(0).parent}, "
                     "then run it again: it goes on where it is"
                 )
             if drain.wait(max(POLL_SECONDS, read_seconds / READ_SHARE)):
-                pool.stop()
+                pool.stop(study.spec.worker.drain_seconds + STOP_SECONDS)
                 now = patiently(session, lambda: snapshots.read(session.database, study.name), watch.note)
                 watch.update(now)
                 break
-    complete = now.study.state == "complete"
-    if complete:
+    if now.study.state == "complete":
         show_on_dashboard(session, study.name, watch)
-    return RunResult(now, started=True, interrupted=not complete, seconds=time.monotonic() - began)
+    seconds = time.monotonic() - began
+    return RunResult(now, started=True, interrupted=not now.study.ended, seconds=seconds)
 
 
 def show_on_dashboard(session: Session, name: str, watch: Watcher) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -12,14 +13,33 @@ from types import FrameType
 INTERRUPTED = 130
 
 
+class Drain(threading.Event):
+    """Set once a process is asked to stop; knows for how long it has been."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._since: float | None = None
+
+    def set(self) -> None:
+        """Ask to stop."""
+        if self._since is None:
+            self._since = time.monotonic()
+        super().set()
+
+    @property
+    def seconds(self) -> float:
+        """Since it was asked; 0 where it was not."""
+        return time.monotonic() - self._since if self._since is not None else 0.0
+
+
 @contextmanager
-def drain_on_signal(say: Callable[[str], None], *, parent: int | None = None) -> Iterator[threading.Event]:
+def drain_on_signal(say: Callable[[str], None], *, parent: int | None = None) -> Iterator[Drain]:
     """An event that the first signal sets; also set once the process `parent` is no longer ours.
 
     The second signal ends the process at once with exit code 130: what it held becomes an orphan, which
     another worker adopts when the lease runs out.
     """
-    drain = threading.Event()
+    drain = Drain()
 
     def on_signal(number: int, _: FrameType | None) -> None:
         if drain.is_set():

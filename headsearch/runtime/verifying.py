@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from headsearch.core.checkpoint import CheckpointFolder
-from headsearch.home import checkpoint_folder
+from headsearch.runtime.checkpoints import open_checkpoints
 from headsearch.runtime.session import Session
 from headsearch.search import studies
 from headsearch.search.audit import Finding, PausedTrial, audit
@@ -45,17 +44,21 @@ class Verdict:
 def verify(session: Session, name: str) -> Verdict:
     """Check every invariant of a study, and that its paused trials have checkpoints that load.
 
-    Checkpoints are looked for in this home: those of workers with another disk cannot be seen from here.
+    Checkpoints are looked for in this home, or in the study's store: those of workers with another disk
+    cannot be seen from here. A restored database may be older than its checkpoints, never newer.
     Raises UnknownStudyError if there is no such study, DatabaseError when the database is not reachable.
     """
     study = studies.get(session.database, name)
     found = audit(session.database, study)
     missing: dict[PausedTrial, str] = {}
+    store = study.spec.worker.checkpoint_store
     for trial in found.paused:
-        state = CheckpointFolder(checkpoint_folder(session.home, name, trial.number)).peek()
+        state = open_checkpoints(
+            session.home, study.folder, trial.number, store, generation=trial.attempt
+        ).peek()
         if state is None:
-            missing[trial] = f"no checkpoint in {session.home} loads"
-        elif state["epoch"] != trial.epoch:
+            missing[trial] = f"no checkpoint in {store or session.home} loads"
+        elif state["epoch"] < trial.epoch:
             missing[trial] = f"its checkpoint is of epoch {state['epoch']}"
     loaded = len(found.paused) - len(missing)
     if missing:

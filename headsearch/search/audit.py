@@ -38,6 +38,7 @@ class PausedTrial:
 
     number: int
     epoch: int
+    attempt: int
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,15 @@ def audit(database: Database, study: Study) -> Audit:
             "(SELECT count(*) FROM headsearch.reports WHERE study_id = :study_id) AS reports"
         )
         paused = reader.all(
-            "SELECT number, epoch FROM headsearch.trials WHERE study_id = :study_id AND state = 'paused' "
+            "SELECT number, epoch, attempt FROM headsearch.trials "
+            "WHERE study_id = :study_id AND state = 'paused' "
             "ORDER BY number"
         )
     return Audit(
-        counts.trials, counts.reports, findings, tuple(PausedTrial(r.number, r.epoch) for r in paused)
+        counts.trials,
+        counts.reports,
+        findings,
+        tuple(PausedTrial(r.number, r.epoch, r.attempt) for r in paused),
     )
 
 
@@ -81,7 +86,7 @@ class _Reader:
 
     def __init__(self, connection: Connection, study: Study) -> None:
         self.connection, self.study, self.spec = connection, study, study.spec
-        self.closed = study.state == "complete"
+        self.closed = study.ended
 
     def all(self, sql: str, **values: Any) -> list[Any]:
         return list(self.connection.execute(text(sql), {"study_id": self.study.study_id} | values))
@@ -90,17 +95,23 @@ class _Reader:
         return self.connection.execute(text(sql), {"study_id": self.study.study_id} | values).one()
 
     def budget(self) -> list[Finding]:
-        """No more trials than the budget, exactly as many at the end, none of them unfinished then."""
+        """No more trials than the budget, exactly as many at the end, none of them unfinished then.
+
+        A failed trial that was requeued does not count: its point has another.
+        """
         rows = self.all(
-            "SELECT state, count(*) AS n FROM headsearch.trials WHERE study_id = :study_id GROUP BY state"
+            "SELECT state, count(*) AS n FROM headsearch.trials WHERE study_id = :study_id AND NOT requeued "
+            "GROUP BY state"
         )
         counts = {row.state: row.n for row in rows}
         total, wanted = sum(counts.values()), self.spec.trials
         found = []
-        if total > wanted or (self.closed and total != wanted):
+        if total > wanted or (self.study.state == "complete" and total != wanted):
             found.append(Finding("budget", f"{total} trials, the budget is {wanted}"))
         if self.closed and (left := counts.get("running", 0) + counts.get("paused", 0)):
-            found.append(Finding("budget", f"the study is complete, and {left} of its trials are not"))
+            found.append(
+                Finding("budget", f"the study is {self.study.state}, and {left} of its trials have not ended")
+            )
         return found
 
     def optuna(self) -> list[Finding]:

@@ -59,7 +59,8 @@ class Idle(enum.Enum):
 
     WAIT = "others still train"
     COMPLETED = "this claim found nothing left and completed the study"
-    DONE = "the study was complete"
+    DONE = "the study was complete or cancelled"
+    HELD = "the study is paused"
 
 
 def point_key(params: Params) -> str:
@@ -109,6 +110,12 @@ class _Decision:
         state = self._one("SELECT state FROM headsearch.studies WHERE study_id = :study_id")
         if state is None:
             raise UnknownStudyError(f"study {self.study.name!r}: deleted while workers were on it")
+        if state.state == "paused":
+            return Idle.HELD
+        if state.state == "cancelled":
+            # Whoever cancelled it may have died before telling.
+            decided.extend(outcomes.pending(self.connection, self.study.study_id))
+            return None if decided else Idle.DONE
         if state.state == "complete":
             return Idle.DONE
         orphan = self._orphan(decided)
@@ -141,7 +148,7 @@ class _Decision:
 
     def _orphan(self, decided: list[int]) -> Claim | None:
         row = self._one(
-            "SELECT number, losses, outcome, worker_id FROM headsearch.trials "
+            "SELECT number, losses, outcome, worker_id, epoch, history FROM headsearch.trials "
             "WHERE study_id = :study_id AND state = 'running' "
             "AND (lease_until < clock_timestamp() OR worker_id = :worker_id) "
             "ORDER BY epoch DESC, number LIMIT 1 FOR UPDATE"
@@ -153,18 +160,29 @@ class _Decision:
             return None
         # A worker that gave its trial back took its name off it, and one that asks for work holds none:
         # the answer to its last claim was lost. Only the silent ones are losses.
-        losses = row.losses + (row.worker_id not in (None, self.names["worker_id"]))
-        if losses >= self.spec.lease.max_attempts:
+        if row.worker_id in (None, self.names["worker_id"]):
+            return self._take(row.number, "adopted", "losses = losses")
+        self._execute(
+            "UPDATE headsearch.workers SET ended_at = clock_timestamp() WHERE worker_id = :lost",
+            lost=row.worker_id,
+        )
+        if row.losses + 1 >= self.spec.lease.max_attempts:
             self._execute(
-                "UPDATE headsearch.trials SET losses = :losses, attempt = attempt + 1, "
-                "outcome = CAST(:outcome AS jsonb) WHERE study_id = :study_id AND number = :number",
+                f"UPDATE headsearch.trials SET losses = losses + 1, history = history || {outcomes.EVENT}, "  # noqa: S608
+                "attempt = attempt + 1, outcome = CAST(:outcome AS jsonb) "
+                "WHERE study_id = :study_id AND number = :number",
                 number=row.number,
-                losses=losses,
-                outcome=outcomes.lost(losses, row.worker_id),
+                what="lost",
+                outcome=outcomes.lost(row.history, row.worker_id, row.epoch),
             )
             decided.append(row.number)
             return None
-        return self._take(row.number, "adopted", "losses = :losses", losses=losses)
+        return self._take(
+            row.number,
+            "adopted",
+            f"losses = losses + 1, history = history || {outcomes.EVENT}",
+            what="lost",
+        )
 
     def _take(self, number: int, origin: str, change: str, **values: Any) -> Claim:
         row = self._one(
@@ -174,7 +192,7 @@ class _Decision:
                 lease_until = clock_timestamp() + make_interval(secs => :lease)
             WHERE study_id = :study_id AND number = :number
             RETURNING number, trial_id, params, seed, attempt, epoch, rung
-            """,  # noqa: S608 - `change` is one of two literals above
+            """,  # noqa: S608 - `change` is one of the literals above
             number=number,
             **values,
         )
@@ -192,7 +210,7 @@ class _Decision:
                 row.number
                 for row in self._execute(
                     "SELECT number FROM headsearch.trials "
-                    "WHERE study_id = :study_id AND state = 'paused' AND rung = :rung",
+                    "WHERE study_id = :study_id AND state = 'paused' AND rung = :rung AND outcome IS NULL",
                     rung=rung,
                 )
             }
@@ -210,14 +228,14 @@ class _Decision:
             (row.point_key, row.seed): row.params
             for row in self._execute(
                 "SELECT point_key, seed, params FROM headsearch.trials WHERE study_id = :study_id "
-                "ORDER BY number"
+                "AND NOT requeued ORDER BY number"
             )
         }
         if len(known) >= self.spec.trials:
             return None
         with translated():
             trial = self._optuna_trial()
-            fixed = self._next_fixed(known)
+            fixed = self._requeued() or self._next_fixed(known)
             if fixed is None:
                 params, seed = self._proposed(trial, {key for key, _ in known}), self.spec.seeds[0]
             else:
@@ -261,6 +279,15 @@ class _Decision:
         trial_id = left.trial_id if left else storage.create_new_trial(self.study.study_id)
         return storage.get_trial(trial_id)
 
+    def _requeued(self) -> tuple[Params, int] | None:
+        """The point of a failed trial that somebody wants trained again, if none has begun it yet."""
+        row = self._one(
+            "SELECT params, seed FROM headsearch.trials q WHERE study_id = :study_id AND requeued "
+            "AND NOT EXISTS (SELECT 1 FROM headsearch.trials t WHERE t.study_id = q.study_id "
+            "AND t.point_key = q.point_key AND t.seed = q.seed AND NOT t.requeued) ORDER BY number LIMIT 1"
+        )
+        return None if row is None else (row.params, row.seed)
+
     def _next_fixed(self, known: dict[tuple[str, int], Params]) -> tuple[Params, int] | None:
         """The next cell of a list, or the next seed of a point that a search has begun."""
         if self.spec.mode != "search":
@@ -275,7 +302,7 @@ class _Decision:
         counts = self._one(
             "SELECT count(*) FILTER (WHERE epoch >= :first) AS reported, "
             "count(*) FILTER (WHERE state = 'complete') AS complete "
-            "FROM headsearch.trials WHERE study_id = :study_id",
+            "FROM headsearch.trials WHERE study_id = :study_id AND NOT requeued",
             first=self.spec.rungs[0] if self.spec.rungs else self.spec.budget.epochs,
         )
         assert counts is not None  # noqa: S101 - an aggregate has one row

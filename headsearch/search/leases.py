@@ -13,13 +13,13 @@ from typing import Any, Literal
 
 from sqlalchemy import Connection, text
 
-from headsearch.errors import LeaseLost
+from headsearch.errors import FailureReason, LeaseLost
 from headsearch.search import outcomes
 from headsearch.search.claims import Claim, standings
 from headsearch.search.database import Database
 from headsearch.search.outcomes import Outcome
 from headsearch.search.rungs import worthy
-from headsearch.search.studies import Study
+from headsearch.search.studies import Study, StudyState
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ def describe(
         )
 
 
-def renew(database: Database, study: Study, claim: Claim) -> None:
-    """Extend the lease by its whole length from now, on the database's clock."""
+def renew(database: Database, study: Study, claim: Claim) -> StudyState:
+    """Extend the lease by its whole length from now, on the database's clock; returns the study's state."""
     with database.begin() as connection:
-        _held(
+        return _held(
             connection,
             study,
             claim,
@@ -67,10 +67,10 @@ def renew(database: Database, study: Study, claim: Claim) -> None:
         )
 
 
-def report(database: Database, study: Study, claim: Claim, said: Report) -> None:
-    """Store a report once; saying it again changes nothing."""
+def report(database: Database, study: Study, claim: Claim, said: Report) -> StudyState:
+    """Store a report once; saying it again changes nothing. Returns the study's state."""
     with database.begin() as connection:
-        _held(
+        state = _held(
             connection,
             study,
             claim,
@@ -99,6 +99,7 @@ def report(database: Database, study: Study, claim: Claim, said: Report) -> None
                 "measures": json.dumps({k: v for k, v in said.measures.items() if math.isfinite(v)}),
             },
         )
+    return state
 
 
 def arrive(database: Database, study: Study, claim: Claim) -> Literal["paused", "go on", "ended"]:
@@ -145,14 +146,71 @@ def give_back(database: Database, study: Study, claim: Claim) -> None:
         _held(connection, study, claim, "worker_id = NULL, lease_until = clock_timestamp()")
 
 
-def _held(connection: Connection, study: Study, claim: Claim, change: str, **values: Any) -> None:
-    """Apply `change` to the claim's row, or raise LeaseLost."""
-    changed = connection.execute(
+def set_back(
+    database: Database, study: Study, claim: Claim, *, reason: FailureReason, message: str
+) -> Literal["again", "failed"]:
+    """Count what happened as a loss: another try follows, or, after too many, the trial fails with `reason`.
+
+    For what another worker, or a new process, may not meet: a step that hangs, memory that others took.
+    """
+    with database.begin() as connection:
+        row = connection.execute(
+            text(
+                f"UPDATE headsearch.trials SET losses = losses + 1, history = history || {outcomes.EVENT}, "  # noqa: S608
+                "worker_id = NULL, lease_until = clock_timestamp(), "
+                "outcome = CASE WHEN losses + 1 >= :most THEN CAST(:outcome AS jsonb) ELSE outcome END "
+                f"WHERE {_HELD} RETURNING outcome IS NOT NULL AS failed"
+            ),
+            _names(study, claim)
+            | {
+                "what": reason,
+                "most": study.spec.lease.max_attempts,
+                "outcome": outcomes.storable(Outcome("failed", reason=reason, message=message)),
+            },
+        ).first()
+        if row is None:
+            raise _loss(connection, study, claim)
+    if row.failed:
+        outcomes.tell_decided(database, study, claim.number)
+    return "failed" if row.failed else "again"
+
+
+_HELD = (
+    "study_id = :study_id AND number = :number AND attempt = :attempt AND state = 'running' "
+    "AND worker_id IS NOT NULL"
+)
+
+
+def _names(study: Study, claim: Claim) -> dict[str, Any]:
+    return {"study_id": study.study_id, "number": claim.number, "attempt": claim.attempt}
+
+
+def _held(connection: Connection, study: Study, claim: Claim, change: str, **values: Any) -> StudyState:
+    """Apply `change` to the claim's row and return the study's state, or raise LeaseLost."""
+    row = connection.execute(
         text(
-            f"UPDATE headsearch.trials SET {change} WHERE study_id = :study_id AND number = :number "  # noqa: S608
-            "AND attempt = :attempt AND state = 'running' AND worker_id IS NOT NULL"
+            f"UPDATE headsearch.trials SET {change} WHERE {_HELD} "  # noqa: S608
+            "RETURNING (SELECT state FROM headsearch.studies WHERE study_id = :study_id) AS study_state"
         ),
-        {"study_id": study.study_id, "number": claim.number, "attempt": claim.attempt} | values,
-    )
-    if changed.rowcount == 0:
-        raise LeaseLost(f"trial {claim.number}: another worker holds it now")
+        _names(study, claim) | values,
+    ).first()
+    if row is None:
+        raise _loss(connection, study, claim)
+    state: StudyState = row.study_state
+    return state
+
+
+def _loss(connection: Connection, study: Study, claim: Claim) -> LeaseLost:
+    """Why the claim's row is not ours any more."""
+    row = connection.execute(
+        text(
+            "SELECT state, outcome->>'reason' AS reason FROM headsearch.trials "
+            "WHERE study_id = :study_id AND number = :number"
+        ),
+        _names(study, claim),
+    ).first()
+    if row is None:
+        return LeaseLost(f"trial {claim.number}: deleted with its study")
+    if row.reason == "cancelled":
+        return LeaseLost(f"trial {claim.number}: cancelled")
+    return LeaseLost(f"trial {claim.number}: another worker holds it now")

@@ -76,7 +76,7 @@ def finish(database: Database, study: Study, number: int, attempt: int, outcome:
                 "AND state = 'running'"
             ),
             {
-                "outcome": _storable(outcome),
+                "outcome": storable(outcome),
                 "study_id": study.study_id,
                 "number": number,
                 "attempt": attempt,
@@ -87,10 +87,18 @@ def finish(database: Database, study: Study, number: int, attempt: int, outcome:
     tell_decided(database, study, number)
 
 
-def lost(losses: int, worker_id: str | None) -> str:
-    """The outcome, as our row holds it, of a trial that was lost too often."""
-    message = f"{losses} workers were lost while training it, the last {worker_id}"
-    return _storable(Outcome("failed", reason="lost", message=message))
+EVENT = (
+    "jsonb_build_object('what', CAST(:what AS text), 'worker', worker_id, 'attempt', attempt, "
+    "'epoch', epoch, 'at', clock_timestamp())"
+)
+"""SQL of an entry in a trial's history, of the row as it stands."""
+
+
+def lost(history: list[dict[str, Any]], last: str, epoch: int) -> str:
+    """The outcome, as our row holds it, of a trial that was lost too often, lastly by worker `last`."""
+    before = [f"{event['what']} by {event['worker']} at epoch {event['epoch']}" for event in history]
+    told = "; ".join([*before, f"lost by {last} at epoch {epoch}"])
+    return storable(Outcome("failed", reason="lost", message=f"{len(before) + 1} times: {told}"))
 
 
 def fail_strays(database: Database, connection: Connection, study: Study) -> None:
@@ -110,23 +118,34 @@ def fail_strays(database: Database, connection: Connection, study: Study) -> Non
             database.optuna_study(study.name).tell(number, state=TrialState.FAIL, skip_if_finished=True)
 
 
-def prune_paused(connection: Connection, study_id: int) -> list[int]:
-    """Decide that all paused trials of a study end here; returns their numbers."""
+def pending(connection: Connection, study_id: int) -> list[int]:
+    """Numbers of the trials whose outcome is decided and not told."""
     return list(
         connection.scalars(
             text(
-                """
-                UPDATE headsearch.trials SET outcome = jsonb_build_object(
-                    'state', 'pruned', 'values', NULL, 'reason', NULL,
-                    'message', format('not among the best at epoch %s', epoch),
-                    'facts', jsonb_build_object('pruned_at_epoch', epoch))
-                WHERE study_id = :study_id AND state = 'paused'
-                RETURNING number
-                """
+                "SELECT number FROM headsearch.trials WHERE study_id = :study_id AND outcome IS NOT NULL "
+                "AND state IN ('running', 'paused') ORDER BY number"
             ),
             {"study_id": study_id},
         )
     )
+
+
+def prune_paused(connection: Connection, study_id: int) -> list[int]:
+    """Decide that all paused trials of a study end here; returns the numbers of all that are to be told."""
+    connection.execute(
+        text(
+            """
+            UPDATE headsearch.trials SET outcome = jsonb_build_object(
+                'state', 'pruned', 'values', NULL, 'reason', NULL,
+                'message', format('not among the best at epoch %s', epoch),
+                'facts', jsonb_build_object('pruned_at_epoch', epoch))
+            WHERE study_id = :study_id AND state = 'paused' AND outcome IS NULL
+            """
+        ),
+        {"study_id": study_id},
+    )
+    return pending(connection, study_id)
 
 
 def tell_decided(database: Database, study: Study, number: int) -> None:
@@ -136,7 +155,7 @@ def tell_decided(database: Database, study: Study, number: int) -> None:
             text(
                 """
                 SELECT t.trial_id, t.outcome, t.params, t.seed, t.worker_id, t.device,
-                       t.projection_dim, t.head_parameters, t.losses,
+                       t.projection_dim, t.head_parameters, t.losses, t.history,
                        r.epoch, r.probe_accuracy, r.views_per_second, r.train_seconds
                 FROM headsearch.trials t
                 LEFT JOIN LATERAL (
@@ -159,6 +178,7 @@ def tell_decided(database: Database, study: Study, number: int) -> None:
         "views_per_second": row.views_per_second,
         "train_seconds": row.train_seconds,
         "losses": row.losses,
+        "history": row.history or None,
         "reason": outcome["reason"],
         "message": outcome["message"],
         "config": _config(study, row.params, row.seed),
@@ -199,8 +219,11 @@ def _config(study: Study, params: Params, seed: int) -> dict[str, Any]:
         return dict(params)
 
 
-def _storable(outcome: Outcome) -> str:
-    """JSON that PostgreSQL takes: no NUL, no half of a surrogate pair, no number that is not finite."""
+def storable(outcome: Outcome) -> str:
+    """The outcome as our row holds it.
+
+    JSON that PostgreSQL takes: no NUL, no half of a surrogate pair, no number that is not finite.
+    """
     tree = asdict(outcome)
     if outcome.message is not None:
         tree["message"] = outcome.message.encode("utf-8", "replace").decode().replace("\0", "")

@@ -97,6 +97,26 @@ MIGRATIONS: tuple[str, ...] = (
     -- Named numbers beside the accuracy: kNN accuracy, alignment, inactive head units, ...
     ALTER TABLE headsearch.reports ADD COLUMN measures jsonb NOT NULL DEFAULT '{}';
     """,
+    """
+    -- uid names a study's checkpoints: two databases may have studies of the same name on one disk.
+    ALTER TABLE headsearch.studies
+        ADD COLUMN uid text NOT NULL DEFAULT left(gen_random_uuid()::text, 8),
+        DROP CONSTRAINT studies_state_check,
+        DROP CONSTRAINT studies_check,
+        ADD CONSTRAINT studies_state_check CHECK (state IN ('open', 'paused', 'complete', 'cancelled')),
+        ADD CONSTRAINT studies_end_check
+            CHECK ((state IN ('complete', 'cancelled')) = (completed_at IS NOT NULL));
+
+    -- history: what went wrong and was tried again, oldest first. A failed trial that is trained again keeps
+    -- its row; the point then has a new trial, so only rows that were not requeued are unique.
+    ALTER TABLE headsearch.trials
+        ADD COLUMN history jsonb NOT NULL DEFAULT '[]',
+        ADD COLUMN requeued boolean NOT NULL DEFAULT false,
+        ADD CONSTRAINT trials_requeued_check CHECK (NOT requeued OR state = 'failed'),
+        DROP CONSTRAINT trials_study_id_point_key_seed_key;
+    CREATE UNIQUE INDEX trials_by_point ON headsearch.trials (study_id, point_key, seed) WHERE NOT requeued;
+    CREATE INDEX trials_by_worker ON headsearch.trials (worker_id) WHERE state = 'running';
+    """,
 )
 
 

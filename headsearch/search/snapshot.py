@@ -68,7 +68,7 @@ class Snapshot:
 
     study: Study
     trials: tuple[TrialRow, ...]
-    """By number."""
+    """By number; failed ones that were requeued are left out, their points have other trials."""
     workers: tuple[WorkerRow, ...]
     now: datetime
     """The database's clock."""
@@ -119,7 +119,7 @@ def read(database: Database, name: str) -> Snapshot:
                 LEFT JOIN LATERAL (
                     SELECT * FROM headsearch.reports
                     WHERE study_id = t.study_id AND number = t.number ORDER BY epoch DESC LIMIT 1) r ON true
-                WHERE t.study_id = :study_id ORDER BY t.number
+                WHERE t.study_id = :study_id AND NOT t.requeued ORDER BY t.number
                 """
             ),
             key,
@@ -146,6 +146,19 @@ def read(database: Database, name: str) -> Snapshot:
     )
 
 
+def attempts(database: Database, study: Study, *, state: TrialStateName | None = None) -> dict[int, int]:
+    """How often each trial was claimed, of all or of those in one state."""
+    with database.begin() as connection:
+        rows = connection.execute(
+            text(
+                "SELECT number, attempt FROM headsearch.trials WHERE study_id = :study_id "
+                "AND (state = :state OR CAST(:state AS text) IS NULL) ORDER BY number"
+            ),
+            {"study_id": study.study_id, "state": state},
+        )
+        return {row.number: row.attempt for row in rows}
+
+
 @dataclass(frozen=True)
 class Progress:
     """Counts of a study, for lists."""
@@ -163,7 +176,7 @@ def progress(database: Database, study: Study) -> Progress:
             text(
                 "SELECT state, count(*) AS n, sum(epoch) AS epochs, "
                 "max((outcome->'facts'->>'probe_accuracy')::float) AS best "
-                "FROM headsearch.trials WHERE study_id = :study_id GROUP BY state"
+                "FROM headsearch.trials WHERE study_id = :study_id AND NOT requeued GROUP BY state"
             ),
             {"study_id": study.study_id},
         ).all()

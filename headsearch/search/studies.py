@@ -17,6 +17,7 @@ from headsearch.fields import guess
 from headsearch.search.database import LOCK_CREATE, Database, quietly, translated
 from headsearch.spec import StudySpec, differences
 
+StudyState = Literal["open", "paused", "complete", "cancelled"]
 NOTE_KEY = "dashboard:note_ver"
 
 
@@ -28,9 +29,24 @@ class Study:
     """Optuna's id; stands in the dashboard's address."""
     name: str
     spec: StudySpec
-    state: Literal["open", "complete"]
+    state: StudyState
     created_at: datetime
     completed_at: datetime | None
+    """When it was completed or cancelled."""
+    uid: str = ""
+    """Random, of this study in this database."""
+    version: str = __version__
+    """Of headsearch, whose trials these are."""
+
+    @property
+    def folder(self) -> str:
+        """Names its checkpoints, on whatever disk."""
+        return f"{self.name}-{self.uid}"
+
+    @property
+    def ended(self) -> bool:
+        """No worker has anything to do on it."""
+        return self.state in ("complete", "cancelled")
 
 
 def create(database: Database, spec: StudySpec) -> tuple[Study, bool]:
@@ -116,7 +132,7 @@ def delete(database: Database, name: str, *, force: bool = False) -> None:
         optuna.delete_study(study_name=name, storage=database.storage)
 
 
-_SELECT = "SELECT study_id, name, spec, state, created_at, completed_at FROM headsearch.studies"
+_SELECT = "SELECT study_id, name, spec, state, created_at, completed_at, uid, version FROM headsearch.studies"
 
 
 def _row(connection: Connection, name: str) -> Row[Any] | None:
@@ -125,7 +141,9 @@ def _row(connection: Connection, name: str) -> Row[Any] | None:
 
 def _study(row: Row[Any]) -> Study:
     spec = StudySpec.model_validate(row.spec)
-    return Study(row.study_id, row.name, spec, row.state, row.created_at, row.completed_at)
+    return Study(
+        row.study_id, row.name, spec, row.state, row.created_at, row.completed_at, row.uid, row.version
+    )
 
 
 def _same(study: Study, spec: StudySpec) -> Study:

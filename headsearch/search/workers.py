@@ -37,10 +37,13 @@ def register(database: Database, study: Study, *, device: str, threads: int) -> 
 
 
 def beat(database: Database, worker_id: str) -> None:
-    """Say that this worker answers."""
+    """Say that this worker answers, be it one that was taken for lost."""
     with database.begin() as connection:
         connection.execute(
-            text("UPDATE headsearch.workers SET beat_at = clock_timestamp() WHERE worker_id = :worker_id"),
+            text(
+                "UPDATE headsearch.workers SET beat_at = clock_timestamp(), ended_at = NULL "
+                "WHERE worker_id = :worker_id"
+            ),
             {"worker_id": worker_id},
         )
 

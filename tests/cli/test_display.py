@@ -7,7 +7,8 @@ from fabricated import snapshot, trial
 from rich.console import Console
 
 from headsearch.cli.display import LiveDisplay, PlainDisplay, open_display, render
-from headsearch.report.summary import ending, ending_json, header, reproduction, worker_lines
+from headsearch.report.status import worker_lines
+from headsearch.report.summary import ending, ending_json, header, reproduction
 from headsearch.search.snapshot import WorkerRow
 
 PARAMS = {"head.projection_dim": 8, "head.width": 32, "head.kind": "mlp"}

@@ -173,7 +173,7 @@ def test_delete_takes_everything(
     said(capsys, "study", "create", study)
     with open_session() as session:
         fill(session)
-    kept = checkpoint_folder(headsearch_home, "small", 0)
+        kept = checkpoint_folder(headsearch_home, studies.get(session.database, "small").folder, 0)
     kept.mkdir(parents=True)
     assert said(capsys, "study", "delete", study, "--yes") == "study small deleted\n"
     assert parsed(capsys, "study", "list", "--json") == []

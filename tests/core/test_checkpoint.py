@@ -184,3 +184,64 @@ def test_failed_write_leaves_the_last_state_and_no_rubbish(
     loaded = folder.load()
     assert loaded is not None
     assert loaded["epoch"] == 1
+
+
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("how", ["truncated", "flipped"])
+def test_twenty_random_damages_never_give_another_state(
+    folder: CheckpointFolder, how: str, both: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    draw = random.Random(f"{how} {both}")
+    for _ in range(20):
+        folder.remove()
+        folder.save(state(1))
+        folder.save(state(2))
+        for path in files(folder)[0 if both else 1 :]:
+            content = bytearray(path.read_bytes())
+            if how == "truncated":
+                content = content[: draw.randrange(len(content))]
+            else:
+                content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+            path.write_bytes(content)
+        caplog.clear()
+        loaded = folder.load()
+        if both:
+            assert loaded is None
+            assert "none is left, starting anew" in caplog.text
+        else:
+            assert loaded is not None
+            assert loaded["epoch"] == 1
+            assert torch.equal(loaded["weights"], state(1)["weights"])
+            assert "falling back to 000001.checkpoint" in caplog.text
+
+
+def test_a_folder_or_a_dead_link_in_a_checkpoints_place_is_damage(folder: CheckpointFolder) -> None:
+    folder.save(state(1))
+    (folder.path / "000002.checkpoint").mkdir()
+    (folder.path / "000003.checkpoint").symlink_to(folder.path / "nowhere")
+    loaded = folder.load()
+    assert loaded is not None
+    assert loaded["epoch"] == 1
+
+
+def test_an_owner_that_was_replaced_cannot_put_its_states_before_the_later_ones(
+    folder: CheckpointFolder,
+) -> None:
+    late = CheckpointFolder(folder.path, generation=1)
+    late.save(state(1))
+    late.save(state(2))
+    owner = CheckpointFolder(folder.path, generation=2)
+    assert (loaded := owner.load()) is not None
+    assert loaded["epoch"] == 2
+    late.save(state(3))
+    owner.save(state(30))
+    late.save(state(4))
+    assert (loaded := owner.load()) is not None
+    assert loaded["epoch"] == 30
+    owner.save(state(40))
+    late.save(state(5))
+    owner.generation = 3
+    owner.save(state(50))
+    assert [path.name for path in files(folder)] == ["2000001.checkpoint", "3000000.checkpoint"]
+    assert (loaded := owner.load()) is not None
+    assert loaded["epoch"] == 50

@@ -13,6 +13,7 @@ import numpy as np
 import optuna
 import pytest
 from PIL import Image
+from processes import Command
 from sqlalchemy import text
 
 from headsearch.runtime.launcher import LocalWorkers
@@ -60,18 +61,7 @@ def make(session, **changes):
 
 
 def start(name="tiny", *options, threads=1):
-    command = [
-        sys.executable,
-        "-m",
-        "headsearch",
-        "worker",
-        "--study",
-        name,
-        "--threads",
-        str(threads),
-        *options,
-    ]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return Command("worker", "--study", name, "--threads", str(threads), *options)
 
 
 def work(name="tiny", *options):
@@ -122,7 +112,7 @@ def test_four_workers_started_at_once_finish_thirty_trials_exactly(world):
     }
     cached = list((world.home / "cache" / "autoencoders").glob("*.safetensors"))
     assert len(cached) == len(autoencoders)
-    assert not list((world.home / "checkpoints" / "tiny").glob("*/*")), (
+    assert not list((world.home / "checkpoints").glob("tiny-*/*/*")), (
         "checkpoints of ended trials are removed"
     )
     asked = {"config", "seed", "device", "train_seconds", "views_per_second", "projection_dim", "epochs"}

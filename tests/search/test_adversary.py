@@ -308,6 +308,7 @@ def worker(database, make_study, tmp_path, monkeypatch):
     from headsearch.runtime.database import DatabaseAddress
     from headsearch.runtime.keeper import LeaseKeeper
     from headsearch.runtime.session import Session
+    from headsearch.runtime.signals import Drain
 
     def run(study, say=lambda line: None, pretrain=None, load=lambda self, config: None):
         session = Session(tmp_path, DatabaseAddress(database.url, database.url, embedded=False), database)
@@ -323,11 +324,12 @@ def worker(database, make_study, tmp_path, monkeypatch):
         )
         keeper = LeaseKeeper(session, study, "w")
         loop = module._Worker(
-            session, study, "w", module.torch.device("cpu"), "cpu", keeper, threading.Event(), say, True
+            session, study, "w", module.torch.device("cpu"), "cpu", keeper, Drain(), say, True
         )
-        return loop.work(None)
+        with keeper.running():
+            return loop.work(None)
 
-    def toy_pretrain(config, images, *, device, home, checkpoints):
+    def toy_pretrain(config, images, *, device, home, checkpoints, control):
         for epoch in range(1, config.training.epochs + 1):
             yield report_of(SimpleNamespace(params={"head.projection_dim": 2}, seed=0), epoch)
 
@@ -365,7 +367,7 @@ def test_a_worker_whose_trial_was_adopted_survives_the_adopters_cleaning(worker,
     """The adopter removes half-written checkpoints and, at the end, the folder: the late writer's rename fails."""
     study = make_study(budget={"trials": 2, "epochs": 1})
 
-    def pretrain(config, images, *, device, home, checkpoints):
+    def pretrain(config, images, *, device, home, checkpoints, control):
         with database.begin() as connection:
             taken = connection.execute(
                 text(

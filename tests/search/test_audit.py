@@ -113,7 +113,7 @@ def test_paused_trials_need_a_checkpoint_of_their_epoch(
         leases.report(session.database, study, work, report_of(work, 1))
         assert leases.arrive(session.database, study, work) == "paused"
         assert [finding.rule for finding in verify(session, study.name).findings] == ["checkpoints"]
-        folder = CheckpointFolder(checkpoint_folder(headsearch_home, study.name, work.number))
+        folder = CheckpointFolder(checkpoint_folder(headsearch_home, study.folder, work.number))
         folder.save({"epoch": 1})
         half = folder.path / ".1-abc.partial"
         half.write_bytes(b"half")

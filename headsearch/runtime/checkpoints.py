@@ -1,0 +1,151 @@
+"""Where a trial's checkpoints are: in the home folder, in another folder, or in a store without a disk."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
+
+from headsearch.core.checkpoint import CheckpointFolder, Checkpoints, decode, encode
+from headsearch.errors import InputError, StorageError
+from headsearch.home import checkpoint_folder
+
+if TYPE_CHECKING:
+    from headsearch.search.artifacts import Store
+
+logger = logging.getLogger(__name__)
+SLOTS = (0, 1)
+_stores: dict[str, Store] = {}
+
+
+def open_checkpoints(
+    home: Path, study: str, number: int, store: str | None, *, generation: int
+) -> Checkpoints:
+    """The checkpoints of one trial.
+
+    Args:
+        home: Where they are unless `store` says otherwise.
+        study: The study's name for folders (`Study.folder`).
+        number: The trial's.
+        store: ``s3://bucket/prefix``, ``file:///folder``, or None.
+        generation: The attempt that this process is.
+    """
+    if store is None:
+        return CheckpointFolder(checkpoint_folder(home, study, number), generation=generation)
+    if store.startswith("file:"):
+        folder = Path(unquote(urlsplit(store).path)) / study / str(number)
+        return CheckpointFolder(folder, generation=generation)
+    return StoredCheckpoints(_store(store), f"{study}/{number}", generation=generation)
+
+
+def check_store(store: str) -> None:
+    """See that an object can be written, read and removed.
+
+    Raises InputError naming the field, if it cannot.
+    """
+    trial = open_checkpoints(Path(), f".check-{uuid.uuid4().hex}", 0, store, generation=1)
+    try:
+        trial.save({"epoch": 0})
+        found = trial.load()
+        trial.remove()
+    except StorageError as error:
+        raise InputError(f"worker.checkpoint_store: {error}") from error
+    if found is None:
+        raise InputError(f"worker.checkpoint_store: {store} does not give back what was put there")
+
+
+def _store(url: str) -> Store:
+    """One client for all trials of this process."""
+    if url not in _stores:
+        from headsearch.search.artifacts import Store  # loads Optuna
+
+        _stores[url] = Store(url)
+    return _stores[url]
+
+
+class StoredCheckpoints:
+    """The last states of one training as objects: two of each generation, which take turns.
+
+    Names follow from generation and turn, so nothing is ever listed, and the newest state is never the one
+    that is written over.
+    """
+
+    def __init__(self, store: Store, name: str, *, generation: int) -> None:
+        self._store, self._name = store, name
+        self._generation = generation
+        self._saved: int | None = None
+        """In this generation; None before anybody looked."""
+        self._older: set[int] = set()
+        """Generations that have objects."""
+
+    @property
+    def generation(self) -> int:
+        """Which owner of the training this is."""
+        return self._generation
+
+    @generation.setter
+    def generation(self, value: int) -> None:
+        if value != self._generation:
+            self._older.add(self._generation)
+            self._generation, self._saved = value, None
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Put `state`. StorageError if that fails."""
+        if self._saved is None:
+            self._newest(self._generation)
+        count = (self._saved or 0) + 1
+        self._store.write(self._key(self._generation, count % 2), encode({**state, "turn": count}))
+        self._saved = count
+        if count >= len(SLOTS):  # two states are here, so those of earlier owners have served
+            for generation in sorted(self._older):
+                self._forget(generation)
+                self._older.discard(generation)
+
+    def load(self) -> dict[str, Any] | None:
+        """Return the newest state that is whole, or None; log what is skipped. StorageError if that fails."""
+        return self.peek()
+
+    def peek(self) -> dict[str, Any] | None:
+        """Return what `load` would."""
+        for generation in range(self._generation, -1, -1):
+            state = self._newest(generation)
+            if state is not None:
+                return state
+        return None
+
+    def remove(self) -> None:
+        """Delete all objects of this training, of this owner and those before. StorageError if that fails."""
+        for generation in range(self._generation + 1):
+            self._forget(generation)
+
+    def _newest(self, generation: int) -> dict[str, Any] | None:
+        states = []
+        for slot in SLOTS:
+            content = self._store.read(self._key(generation, slot))
+            if content is None:
+                continue
+            if generation != self._generation:
+                self._older.add(generation)
+            state = decode(content)
+            if state is None:
+                logger.warning(
+                    "checkpoint %s/%s is damaged; falling back to the one before",
+                    self._store.url,
+                    self._key(generation, slot),
+                )
+            else:
+                states.append(state)
+        newest = max(states, key=lambda state: int(state["turn"]), default=None)
+        if generation == self._generation:
+            self._saved = int(newest["turn"]) if newest else 0
+        return newest
+
+    def _forget(self, generation: int) -> None:
+        for slot in SLOTS:
+            self._store.remove(self._key(generation, slot))
+
+    def _key(self, generation: int, slot: int) -> str:
+        return f"{self._name}/{generation}-{slot}.checkpoint"
