@@ -20,6 +20,7 @@ EXIT_STUCK: Final = 75
 GRACE_SECONDS: Final = 10.0
 """Beyond a limit, for the training to notice it by itself at its next step."""
 LOOK_SECONDS: Final = 0.5
+ESCAPE_SECONDS: Final = 10.0
 
 Escape = Callable[[FailureReason | None, str], None]
 """Gives the trial up from the watching thread: as a failure that may be tried again, or, without a reason,
@@ -117,7 +118,10 @@ class Watch:
                 continue
             if stop.is_set():
                 return
-            escape(reason, what)
+            # A database that does not answer must not hold the process.
+            attempt = threading.Thread(target=escape, args=(reason, what), name="escape", daemon=True)
+            attempt.start()
+            attempt.join(ESCAPE_SECONDS)
             if stop.is_set():  # it moved after all, and heard that the trial is not its own any more
                 return
             os._exit(EXIT_STUCK if reason else 0)

@@ -11,7 +11,6 @@ training goes on without loading anything.
 from __future__ import annotations
 
 import logging
-import socket
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
@@ -23,11 +22,11 @@ from pydantic import ValidationError
 from headsearch.config import TrialConfig
 from headsearch.core.checkpoint import Checkpoints
 from headsearch.core.device import pick_device
-from headsearch.core.hardware import device_label, set_threads, software
+from headsearch.core.hardware import device_label, set_threads
 from headsearch.core.images import ImageSet, load_images
 from headsearch.core.memory import free_memory, memory_checked
 from headsearch.core.pretrain import EpochReport, Pretrained, describe_head, pretrain
-from headsearch.core.probe import Evaluation, evaluate
+from headsearch.core.probe import evaluate
 from headsearch.errors import (
     DatabaseError,
     DataError,
@@ -38,6 +37,7 @@ from headsearch.errors import (
     TrialFailure,
     WorldError,
 )
+from headsearch.runtime.completion import completed
 from headsearch.runtime.endings import Endings
 from headsearch.runtime.keeper import LeaseKeeper
 from headsearch.runtime.lines import first_line, unbreakable
@@ -301,40 +301,14 @@ class _Worker:
         measured = evaluate(pretrained, training.images, training.config, device=self.device)
         self.watch.resting()
         self.ends.settle()
-        self.ends.end(work, self._complete(training, pretrained, measured))
+        fingerprint = training.images.fingerprint
+        self.ends.end(work, completed(self.study.spec, pretrained, measured, fingerprint))
 
     def _report(self, work: Claim, said: EpochReport) -> None:
         self.keeper.put(Report(**vars(said)))
         self.say(
             f"trial {work.number} epoch {said.epoch}/{self.study.spec.budget.epochs} "
             f"loss {said.loss:.3f} accuracy {said.probe_accuracy:.3f} {said.views_per_second:,.0f} views/s"
-        )
-
-    def _complete(self, training: Training, pretrained: Pretrained, measured: Evaluation) -> Outcome:
-        objectives = {
-            "probe_accuracy": measured.probe_accuracy,
-            "projection_dim": float(pretrained.projection_dim),
-            "head_parameters": float(pretrained.head_parameters),
-            "train_seconds": pretrained.train_seconds,
-        }
-        return Outcome(
-            "complete",
-            values=tuple(objectives[name] for name in self.study.spec.objectives),
-            facts={
-                **{name: value for name, value in vars(measured).items() if name != "details"},
-                **measured.details,
-                **software(),
-                "measures": pretrained.measures,
-                "kept_epoch": pretrained.kept_epoch,
-                "head_flops": pretrained.head_flops,
-                "protocol": self.study.spec.protocol,
-                "host": socket.gethostname(),
-                "precision": pretrained.precision,
-                "feature_dim": pretrained.feature_dim,
-                "trainable_head_parameters": pretrained.trainable_head_parameters,
-                "autoencoder": pretrained.autoencoder,
-                "data_fingerprint": training.images.fingerprint,
-            },
         )
 
     def _fail(self, work: Claim, error: TrialFailure) -> None:

@@ -25,8 +25,9 @@ from sqlalchemy import Connection, Row, text
 from headsearch.errors import UnknownStudyError
 from headsearch.search import outcomes
 from headsearch.search.database import LOCK_CLAIM, Database, translated
-from headsearch.search.rungs import Standing, worthy
+from headsearch.search.rungs import worthy
 from headsearch.search.sampling import distributions, make_sampler, propose
+from headsearch.search.standings import standings
 from headsearch.search.studies import Study
 from headsearch.space import Params
 from headsearch.spec import StudySpec
@@ -314,26 +315,3 @@ class _Decision:
         )
         study = self.database.optuna_study(self.study.name)
         return propose(study, trial, self.spec.space, sampler, lambda params: point_key(params) in known)
-
-
-def standings(connection: Connection, study: Study, epoch: int) -> list[Standing]:
-    """All trials that reported `epoch`, with their objectives as they were there."""
-    rows = connection.execute(
-        text(
-            "SELECT r.number, r.probe_accuracy, r.train_seconds, t.projection_dim, t.head_parameters "
-            "FROM headsearch.reports r JOIN headsearch.trials t USING (study_id, number) "
-            "WHERE r.study_id = :study_id AND r.epoch = :epoch AND t.state <> 'failed' ORDER BY r.number"
-        ),
-        {"study_id": study.study_id, "epoch": epoch},
-    )
-    costs = [name for name in study.spec.objectives if name != "probe_accuracy"]
-    known = [name for name in costs if name != "train_seconds"]
-    return [
-        Standing(
-            row.number,
-            row.probe_accuracy,
-            tuple(float(getattr(row, name)) for name in costs),
-            tuple(float(getattr(row, name)) for name in known),
-        )
-        for row in rows
-    ]

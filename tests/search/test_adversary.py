@@ -310,7 +310,12 @@ def worker(database, make_study, tmp_path, monkeypatch):
     from headsearch.runtime.session import Session
     from headsearch.runtime.signals import Drain
 
-    def run(study, say=lambda line: None, pretrain=None, load=lambda self, config: None):
+    def run(
+        study,
+        say=lambda line: None,
+        pretrain=None,
+        load=lambda self, config: SimpleNamespace(fingerprint="toy"),
+    ):
         session = Session(tmp_path, DatabaseAddress(database.url, database.url, embedded=False), database)
         monkeypatch.setattr(module, "pretrain", pretrain or toy_pretrain)
         monkeypatch.setattr(module._Worker, "_load", load)
@@ -318,9 +323,9 @@ def worker(database, make_study, tmp_path, monkeypatch):
             module, "evaluate", lambda *_, **__: SimpleNamespace(probe_accuracy=0.5, test_accuracy=0.5)
         )
         monkeypatch.setattr(
-            module._Worker,
-            "_complete",
-            lambda self, training, *_: outcome_of(training.claim, study.spec.budget.epochs),
+            module,
+            "completed",
+            lambda spec, *_: Outcome("complete", (0.5, 2.0), facts={"probe_accuracy": 0.5}),
         )
         keeper = LeaseKeeper(session, study, "w")
         loop = module._Worker(
