@@ -12,11 +12,14 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 
-def _command(words: list[str], environment: dict[str, str], log: str) -> None:
+def _command(
+    words: list[str], environment: dict[str, str], log: str, fault: Callable[[], None] | None
+) -> None:
     # A session of its own, as a shell gives a job; lines go to a file, unbuffered as in a container.
     os.setsid()
     os.environ.clear()
@@ -28,19 +31,25 @@ def _command(words: list[str], environment: dict[str, str], log: str) -> None:
     from headsearch.cli import app
 
     sys.argv = ["headsearch", *words]
+    if fault is not None:
+        fault()
     app.main()
 
 
 class Command:
     """``headsearch WORDS`` in a process of its own; used like a subprocess."""
 
-    def __init__(self, *words: str) -> None:
+    def __init__(self, *words: str, fault: Callable[[], None] | None = None) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["headsearch.runtime.worker", "headsearch.cli.app", "processes"])
+        context.set_forkserver_preload(
+            ["headsearch.runtime.worker", "headsearch.cli.app", "processes", "faults"]
+        )
         descriptor, log = tempfile.mkstemp(prefix="headsearch-test-", suffix=".log")
         os.close(descriptor)
         self.log = Path(log)
-        self._process: Any = context.Process(target=_command, args=(list(words), dict(os.environ), log))
+        self._process: Any = context.Process(
+            target=_command, args=(list(words), dict(os.environ), log, fault)
+        )
         self._process.start()
         self.pid: int = self._process.pid
 

@@ -7,14 +7,15 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import faults
 import pytest
+from processes import Command
 from sqlalchemy import text
 from test_worker import TINY, curves, make, read, start, wait_for, work, world
 
@@ -42,14 +43,11 @@ def long_epochs(**changes: Any) -> dict[str, Any]:
     return {**DIMS, "points": DIMS["points"][:1], "base": base, "budget": {"epochs": 2}, **changes}
 
 
-def faulty(fault: str, study: str = "tiny") -> tuple[int, str]:
-    """Run a faulty worker to its end; its exit code and lines."""
-    script = Path(__file__).parent / "faulty_worker.py"
-    done = subprocess.run(
-        [sys.executable, str(script), study, fault],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=200, check=False,
-    )  # fmt: skip
-    return done.returncode, done.stdout
+def faulty(fault: Any) -> tuple[int | None, str]:
+    """Run a worker in which something goes wrong, to its end; its exit code and lines."""
+    worker = Command("worker", "--study", "tiny", "--threads", "1", fault=fault)
+    said, _ = worker.communicate(timeout=200)
+    return worker.returncode, said
 
 
 def saved(world: Session, number: int = 0) -> Any:
@@ -60,14 +58,14 @@ def saved(world: Session, number: int = 0) -> Any:
 def test_a_step_that_hangs_costs_the_process_and_after_some_tries_the_trial(world):
     make(world, **DIMS, budget={"epochs": 2}, lease={"max_attempts": 2}, worker={"step_limit_seconds": 1.5})
     for losses in (1, 2):
-        code, said = faulty("hang")
+        code, said = faulty(faults.hang)
         assert code == EXIT_STUCK, said
         assert "trial 0: no step for 2 s; this worker ends" in said
         assert read(world).trials[0].losses == losses
         assert read(world).workers == (), "it said that it leaves"
     trial = read(world).trials[0]
     assert (trial.state, trial.reason, trial.message) == ("failed", "hung", "no step for 2 s")
-    code, said = faulty("hang")
+    code, said = faulty(faults.hang)
     assert code == 0, said
     seen = read(world)
     assert [t.state for t in seen.trials] == ["failed", "complete"]
@@ -82,7 +80,7 @@ def test_a_head_too_large_for_the_memory_fails_and_the_worker_takes_the_next_tri
     points = [{"head.width": 40_000}, {"head.width": 8}]
     base = {**TINY["base"], "head": {"kind": "mlp", "depth": 3, "projection_dim": 4}}
     make(world, mode="points", space={}, points=points, base=base, budget={"epochs": 2})
-    code, said = faulty("memory")
+    code, said = faulty(faults.limit_memory)
     assert code == 0, said
     first, second = read(world).trials
     assert (first.state, first.reason, first.losses) == ("failed", "out_of_memory", 0)
@@ -178,12 +176,10 @@ def test_a_worker_of_another_version_is_told_what_to_do(world):
     make(world)
     with world.database.begin() as connection:
         connection.execute(text("UPDATE headsearch.studies SET version = '99.1.0'"))
-    done = subprocess.run(
-        [sys.executable, "-m", "headsearch", "worker", "--study", "tiny"],
-        capture_output=True, text=True, timeout=100, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
+    worker = start()
+    said, _ = worker.communicate(timeout=100)
+    assert worker.returncode == 2
+    (line,) = said.splitlines()
     assert "install headsearch==99.1.0 here, or accept both: headsearch study upgrade tiny" in line
     assert read(world).trials == ()
 
@@ -229,7 +225,7 @@ def test_a_full_disk_is_one_line_and_no_half_file_and_room_mends_it(world, small
 
 
 def test_a_disk_that_turns_read_only_is_one_line_and_the_trial_is_given_back(world, small_disk):
-    make(world, **DIMS, budget={"epochs": 60})
+    make(world, **DIMS, budget={"epochs": 30})
     worker = start()
     wait_for(lambda: any(t.epoch >= 2 for t in read(world).trials))
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
@@ -242,7 +238,7 @@ def test_a_disk_that_turns_read_only_is_one_line_and_the_trial_is_given_back(wor
     subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
     work()
     assert [t.state for t in read(world).trials] == ["complete"] * 2
-    make(world, **DIMS, budget={"epochs": 60}, name="calm")
+    make(world, **DIMS, budget={"epochs": 30}, name="calm")
     work("calm")
     assert curves(world) == curves(world, "calm")
 
@@ -313,7 +309,7 @@ def cable(world, database_address, monkeypatch):
 
 
 def test_training_goes_on_while_the_database_is_away_and_nothing_is_missing_or_double(world, cable):
-    make(world, **DIMS, budget={"epochs": 200}, lease={"seconds": 60.0})
+    make(world, **DIMS, budget={"epochs": 80}, lease={"seconds": 60.0})
     worker = start()
     wait_for(lambda: any(t.epoch >= 2 for t in read(world).trials))
     cable.cut()
@@ -327,12 +323,12 @@ def test_training_goes_on_while_the_database_is_away_and_nothing_is_missing_or_d
     assert "training goes on, reports wait" in said
     assert "the database answers again after" in said
     seen = read(world)
-    assert [(t.state, t.epoch, t.losses, t.attempt) for t in seen.trials] == [("complete", 200, 0, 1)] * 2
+    assert [(t.state, t.epoch, t.losses, t.attempt) for t in seen.trials] == [("complete", 80, 0, 1)] * 2
     assert verify(world, "tiny").clean
 
 
 def test_a_database_away_for_too_long_ends_the_worker_and_its_epochs_are_not_lost(world, cable):
-    changes = {**DIMS, "budget": {"epochs": 300}, "points": DIMS["points"][:1]}
+    changes = {**DIMS, "budget": {"epochs": 150}, "points": DIMS["points"][:1]}
     make(world, **changes, lease={"seconds": 2.0}, worker={"database_patience_minutes": 2 / 60})
     worker = start()
     wait_for(lambda: any(t.epoch >= 2 for t in read(world).trials))
@@ -345,9 +341,9 @@ def test_a_database_away_for_too_long_ends_the_worker_and_its_epochs_are_not_los
     cable.mend()
     said = work()
     assert f"trial 0 adopted at epoch {stored}" in said
-    assert f"trial 0 epoch {kept}/300" in said
+    assert f"trial 0 epoch {kept}/150" in said
     trial = read(world).trials[0]
-    assert (trial.state, trial.epoch, trial.losses) == ("complete", 300, 1)
+    assert (trial.state, trial.epoch, trial.losses) == ("complete", 150, 1)
     assert verify(world, "tiny").clean
     with world.database.begin() as connection:
         made_by_first = connection.scalar(text("SELECT count(*) FROM headsearch.reports WHERE attempt = 1"))
