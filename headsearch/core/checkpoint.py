@@ -6,7 +6,6 @@ import hashlib
 import io
 import logging
 import os
-import pickle
 import re
 import shutil
 import uuid
@@ -14,9 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+import psutil
 import torch
 
-from headsearch.errors import StorageError
+from headsearch.core.memory import memory_checked
+from headsearch.errors import StorageError, TrialFailure
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,10 @@ class Checkpoints(Protocol):
         """Keep `state`: tensors, numbers, strings and containers of them. StorageError if that fails."""
 
     def load(self) -> dict[str, Any] | None:
-        """Return the newest state that is whole, tensors on the CPU, or None; for who owns the training."""
+        """Return the newest state that is whole, tensors on the CPU, or None; for who owns the training.
+
+        Raises StorageError; TrialFailure if memory runs out.
+        """
 
     def peek(self) -> dict[str, Any] | None:
         """Return what `load` would, and leave everything as it is."""
@@ -58,16 +62,22 @@ def encode(state: Mapping[str, Any]) -> list[bytes | memoryview]:
 
 
 def decode(content: bytes) -> dict[str, Any] | None:
-    """What `encode` was given, tensors on the CPU; None for anything else. Unpickles no code."""
+    """What `encode` was given, tensors on the CPU; None for anything else. Unpickles no code.
+
+    Raises TrialFailure if a whole one needs more memory than there is: it is not damaged.
+    """
     start = len(MAGIC) + DIGEST_BYTES
     body = memoryview(content)[start:]
     digest = hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest()
     if content[:start] != MAGIC + digest:
         return None
     try:
-        state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError):
-        return None  # whole, and not ours
+        with memory_checked():
+            state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+    except TrialFailure:
+        raise
+    except Exception:  # noqa: BLE001 - whole, and not ours: an unpickler raises anything
+        return None
     return state if isinstance(state, dict) else None
 
 
@@ -83,11 +93,11 @@ class CheckpointFolder:
     def save(self, state: Mapping[str, Any]) -> None:
         """Write `state`. StorageError if that fails."""
         parts = encode(state)
-        temporary = self.path / f".{os.getpid()}-{uuid.uuid4().hex}.partial"
+        temporary = self.path / f".{self.generation}-{uuid.uuid4().hex}.partial"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             first = self.generation * PER_GENERATION
-            number = 1 + max((n for n, _ in self._files() if n < first + PER_GENERATION), default=0)
+            number = 1 + max((n for n, _ in self._own()), default=0)
             try:
                 with temporary.open("wb") as file:
                     file.writelines(parts)
@@ -97,7 +107,7 @@ class CheckpointFolder:
             finally:
                 temporary.unlink(missing_ok=True)
             sync_folder(self.path)
-            for _, path in self._files()[KEPT:]:
+            for _, path in self._own()[KEPT:]:
                 path.unlink(missing_ok=True)
         except OSError as error:
             raise StorageError(f"checkpoint in {self.path}: cannot be written ({error.strerror})") from error
@@ -110,25 +120,39 @@ class CheckpointFolder:
         """
         try:
             for partial in self.path.glob(".*.partial"):
-                partial.unlink(missing_ok=True)
+                # Those of a later owner are none of our business.
+                owner = partial.name[1:].partition("-")[0]
+                if not owner.isdecimal() or int(owner) <= self.generation:
+                    partial.unlink(missing_ok=True)
         except OSError as error:
             raise StorageError(f"checkpoint in {self.path}: cannot be read ({error.strerror})") from error
         return self.peek()
 
     def peek(self) -> dict[str, Any] | None:
-        """Return what `load` would, and leave everything as it is: for who does not own the training."""
+        """Return what `load` would, and leave everything as it is: for who does not own the training.
+
+        A file that the system does not give gives way to the one before, but StorageError is raised rather
+        than None returned if one of them may be whole.
+        """
+        refused = None
         try:
             files = [path for _, path in self._files()]
             for path, older in zip(files, [*files[1:], None], strict=False):
+                what = "is damaged"
                 try:
-                    content = path.read_bytes()
+                    content = read(path)
                 except (FileNotFoundError, IsADirectoryError):
                     content = b""  # its owner went on, or it is none of ours
+                except OSError as error:
+                    content, refused, what = b"", error, f"cannot be read ({error.strerror})"
                 state = decode(content)
                 if state is not None:
                     return state
-                instead = f"falling back to {older.name}" if older else "none is left, starting anew"
-                logger.warning("checkpoint %s is damaged; %s", path, instead)
+                if older or not refused:
+                    instead = f"falling back to {older.name}" if older else "none is left, starting anew"
+                    logger.warning("checkpoint %s %s; %s", path, what, instead)
+            if refused:
+                raise refused
         except OSError as error:
             raise StorageError(f"checkpoint in {self.path}: cannot be read ({error.strerror})") from error
         return None
@@ -142,11 +166,24 @@ class CheckpointFolder:
         except OSError as error:
             raise StorageError(f"checkpoint in {self.path}: cannot be removed ({error.strerror})") from error
 
+    def _own(self) -> list[tuple[int, Path]]:
+        """Files of this owner and those before."""
+        later = (self.generation + 1) * PER_GENERATION
+        return [(number, path) for number, path in self._files() if number < later]
+
     def _files(self) -> list[tuple[int, Path]]:
         if not self.path.is_dir():
             return []
         found = [(NAME.fullmatch(path.name), path) for path in self.path.iterdir()]
         return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
+
+
+def read(path: Path) -> bytes:
+    """All of a file; nothing of one that is larger than this machine's memory, as none of ours can be."""
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size > psutil.virtual_memory().total:
+            return b""
+        return file.read()
 
 
 def sync_folder(path: Path) -> None:

@@ -19,6 +19,9 @@ class Control(Protocol):
         What it raises ends the training without a checkpoint.
         """
 
+    def at_report(self, epoch: int) -> None:
+        """Hear that the steps are done and the report begins."""
+
     def save_after(self, epoch: int) -> bool:
         """Say whether the checkpoint of this epoch is to be written; that of the last one always is."""
 
@@ -32,6 +35,9 @@ class EveryEpoch:
     def at_step(self) -> Verdict:
         """Go on."""
         return "go on"
+
+    def at_report(self, epoch: int) -> None:
+        """Take no notice."""
 
     def save_after(self, epoch: int) -> bool:  # noqa: ARG002
         """Write it."""

@@ -102,7 +102,9 @@ def pretrain(
     identity = identify(config, images)
     state = checkpoints.load() if checkpoints else None
     if state and state.get("identity") != identity:
-        logger.warning("checkpoint of another config or image set ignored; training starts at epoch 1")
+        logger.warning("checkpoint of another config or image set removed; training starts at epoch 1")
+        assert checkpoints is not None  # noqa: S101 - it gave the state
+        checkpoints.remove()  # or it would pass for newer than ours
         state = None
     reports: list[EpochReport] = []
     best, start = Best(), None
@@ -144,6 +146,7 @@ def pretrain(
                 learner, epoch, train, views, precision, warm=warm, start=start, between=between
             )
             warm, start = True, None
+            control.at_report(epoch)
             rank = reports[-1].projection_rank if reports else math.inf
             found = reporter.measure(epoch, len(images.classes), rank)
             before += reports[-1].train_seconds if reports else 0.0
@@ -159,7 +162,7 @@ def pretrain(
                     name: copied(part.state_dict()) for name, part in parts.items() if part is not None
                 }
                 best = Best(found.measures["validation_loss"], epoch, weights)
-            if epoch == config.training.epochs or control.save_after(epoch):
+            if control.save_after(epoch) or epoch == config.training.epochs:
                 save()
         yield reports[-1]
 

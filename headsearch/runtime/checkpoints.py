@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import uuid
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from headsearch.core.checkpoint import CheckpointFolder, Checkpoints, decode, encode
+from headsearch.core.memory import memory_checked
 from headsearch.errors import InputError, StorageError
 from headsearch.home import checkpoint_folder
 
@@ -32,6 +34,8 @@ def open_checkpoints(
         number: The trial's.
         store: ``s3://bucket/prefix``, ``file:///folder``, or None.
         generation: The attempt that this process is.
+
+    Raises StorageError if this machine cannot use the store at all.
     """
     if store is None:
         return CheckpointFolder(checkpoint_folder(home, study, number), generation=generation)
@@ -46,13 +50,16 @@ def check_store(store: str) -> None:
 
     Raises InputError naming the field, if it cannot.
     """
-    trial = open_checkpoints(Path(), f".check-{uuid.uuid4().hex}", 0, store, generation=1)
     try:
+        trial = open_checkpoints(Path(), f".check-{uuid.uuid4().hex}", 0, store, generation=0)
         trial.save({"epoch": 0})
         found = trial.load()
         trial.remove()
     except StorageError as error:
         raise InputError(f"worker.checkpoint_store: {error}") from error
+    if isinstance(trial, CheckpointFolder):
+        with contextlib.suppress(OSError):
+            trial.path.parent.rmdir()
     if found is None:
         raise InputError(f"worker.checkpoint_store: {store} does not give back what was put there")
 
@@ -95,9 +102,10 @@ class StoredCheckpoints:
     def save(self, state: Mapping[str, Any]) -> None:
         """Put `state`. StorageError if that fails."""
         if self._saved is None:
-            self._newest(self._generation)
+            self._newest(self._generation, [])
         count = (self._saved or 0) + 1
-        self._store.write(self._key(self._generation, count % 2), encode({**state, "turn": count}))
+        content = encode({"turn": count, "state": dict(state)})
+        self._store.write(self._key(self._generation, count % 2), content)
         self._saved = count
         if count >= len(SLOTS):  # two states are here, so those of earlier owners have served
             for generation in sorted(self._older):
@@ -110,10 +118,13 @@ class StoredCheckpoints:
 
     def peek(self) -> dict[str, Any] | None:
         """Return what `load` would."""
+        damaged: list[str] = []
         for generation in range(self._generation, -1, -1):
-            state = self._newest(generation)
+            turn, state = self._newest(generation, damaged)
             if state is not None:
+                self._tell(damaged, f"falling back to {self._key(generation, turn % 2)}")
                 return state
+        self._tell(damaged, "none is left, starting anew")
         return None
 
     def remove(self) -> None:
@@ -121,27 +132,29 @@ class StoredCheckpoints:
         for generation in range(self._generation + 1):
             self._forget(generation)
 
-    def _newest(self, generation: int) -> dict[str, Any] | None:
-        states = []
+    def _newest(self, generation: int, damaged: list[str]) -> tuple[int, dict[str, Any] | None]:
+        """Turn and state of the newest of a generation; 0 and None if none is whole."""
+        newest: tuple[int, dict[str, Any] | None] = 0, None
         for slot in SLOTS:
-            content = self._store.read(self._key(generation, slot))
+            key = self._key(generation, slot)
+            with memory_checked():
+                content = self._store.read(key)
             if content is None:
                 continue
             if generation != self._generation:
                 self._older.add(generation)
-            state = decode(content)
-            if state is None:
-                logger.warning(
-                    "checkpoint %s/%s is damaged; falling back to the one before",
-                    self._store.url,
-                    self._key(generation, slot),
-                )
-            else:
-                states.append(state)
-        newest = max(states, key=lambda state: int(state["turn"]), default=None)
+            match decode(content):
+                case {"turn": int(turn), "state": dict(state)}:
+                    newest = max(newest, (turn, state), key=lambda found: found[0])
+                case _:
+                    damaged.append(key)
         if generation == self._generation:
-            self._saved = int(newest["turn"]) if newest else 0
+            self._saved = newest[0]
         return newest
+
+    def _tell(self, damaged: list[str], instead: str) -> None:
+        for key in damaged:
+            logger.warning("checkpoint %s/%s is damaged; %s", self._store.url, key, instead)
 
     def _forget(self, generation: int) -> None:
         for slot in SLOTS:

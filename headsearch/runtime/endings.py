@@ -63,7 +63,12 @@ class Endings:
             self.settle()
             self.patiently(
                 lambda: outcomes.finish(
-                    self._session.database, self._study, work.number, work.attempt, outcome
+                    self._session.database,
+                    self._study,
+                    work.number,
+                    work.attempt,
+                    outcome,
+                    worker_id=work.worker_id,
                 )
             )
         except LeaseLost as error:
@@ -130,6 +135,14 @@ class Endings:
             workers.leave(self._session.database, self._worker_id)
         except HeadsearchError as error:
             self._say(f"trial {work.number} could not be given back ({error}); its lease will run out")
+
+    def leave(self, reason: FailureReason | None, what: str) -> None:  # noqa: ARG002
+        """Say, from another thread, that this process ends while it holds nothing."""
+        self._say(f"{what}; this worker ends")
+        try:
+            workers.leave(self._session.database, self._worker_id)
+        except HeadsearchError as error:
+            self._say(f"{error}; this worker leaves without saying so")
 
     def _settle_quietly(self) -> None:
         """Store the reports that came before; whoever takes the trial up says those that are not."""

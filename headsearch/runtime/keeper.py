@@ -71,6 +71,8 @@ class LeaseKeeper:
         with self._changed:
             self.lost.clear()
             self._claim, self._queue = claim, deque()
+            # Only an open study gives claims; what was heard before is of another time.
+            self.study_state = "open"
         try:
             yield
         finally:
@@ -106,6 +108,8 @@ class LeaseKeeper:
     def _check(self, patience_seconds: float) -> None:
         if self.lost.is_set():
             raise LeaseLost(self.loss)
+        if not self._thread.is_alive():
+            raise DatabaseError("the thread that keeps the lease has ended", transient=False)
         if self._error is None or self._away_since is None:
             return
         away = time.monotonic() - self._away_since

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from headsearch.errors import DatabaseError, ServerError
+from headsearch.errors import DatabaseError, HeadsearchError
 from headsearch.runtime.session import Session
 
 T = TypeVar("T")
@@ -66,5 +66,5 @@ def patiently(
 
 def revive(session: Session) -> None:
     """Start the embedded server if it died; one that cannot be started is tried again later."""
-    with contextlib.suppress(DatabaseError, ServerError):
+    with contextlib.suppress(HeadsearchError, OSError):
         session.revive()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -23,26 +24,37 @@ def delete_study(session: Session, name: str, *, force: bool = False) -> None:
     study = studies.get(session.database, name)
     attempts = snapshot.attempts(session.database, study)
     studies.delete(session.database, name, force=force)
-    forget_checkpoints(session, study)
+    forget_all(session, study)
     _forget_stored(session, study, attempts)
 
 
+def forget_all(session: Session, study: Study) -> None:
+    """Remove the checkpoints that this machine, or a shared folder, has of a study that is deleted."""
+    for folder in _folders(session, study):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def forget_checkpoints(session: Session, study: Study) -> None:
-    """Remove the checkpoints that this machine, or a shared folder, has of a study that has ended."""
+    """Remove the checkpoints of the trials that have ended, once nothing is left to do.
+
+    Only of those: somebody may have a failed trial trained again at this very moment, under a new number.
+    Raises DatabaseError, StorageError.
+    """
+    ended = snapshot.attempts(session.database, study, ended=True)
+    for folder in _folders(session, study):
+        for number in ended:
+            shutil.rmtree(folder / str(number), ignore_errors=True)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+    _forget_stored(session, study, ended)
+
+
+def _folders(session: Session, study: Study) -> list[Path]:
     folders = [checkpoint_folder(session.home, study.folder, 0).parent]
     store = study.spec.worker.checkpoint_store or ""
     if store.startswith("file:"):
         folders.append(Path(unquote(urlsplit(store).path)) / study.folder)
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def forget_pruned(session: Session, study: Study) -> None:
-    """Remove what a store has of the trials that were pruned when the study ended.
-
-    The others' checkpoints went when each of them ended. Raises StorageError.
-    """
-    _forget_stored(session, study, snapshot.attempts(session.database, study, state="pruned"))
+    return folders
 
 
 def _forget_stored(session: Session, study: Study, attempts: dict[int, int]) -> None:

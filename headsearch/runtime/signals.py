@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
 
 INTERRUPTED = 130
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Drain(threading.Event):
@@ -38,23 +39,38 @@ def drain_on_signal(say: Callable[[str], None], *, parent: int | None = None) ->
 
     The second signal ends the process at once with exit code 130: what it held becomes an orphan, which
     another worker adopts when the lease runs out.
+
+    Signals are heard by a thread, over the file descriptor that Python's C handler writes to: a handler in
+    Python would wait for the main thread, which may be in a driver or a library for long, and could not set
+    an event that the main thread is about to wait for.
     """
     drain = Drain()
+    near, far = socket.socketpair()
+    far.setblocking(False)
 
-    def on_signal(number: int, _: FrameType | None) -> None:
-        if drain.is_set():
-            os._exit(INTERRUPTED)
-        drain.set()
-        say(
-            f"{signal.Signals(number).name}: finishing this epoch, then giving the trial back; again to abort"
-        )
+    def listen() -> None:
+        heard = 0
+        while content := near.recv(1):
+            if content[0] not in SIGNALS:
+                continue
+            heard += 1
+            if heard > 1:
+                os._exit(INTERRUPTED)
+            drain.set()
+            say(
+                f"{signal.Signals(content[0]).name}: finishing this epoch, then giving the trial back; "
+                "again to abort"
+            )
 
     def watch_parent(pid: int) -> None:
         while not drain.wait(1.0):
             if os.getppid() != pid:
                 drain.set()
 
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    listener = threading.Thread(target=listen, name="signals", daemon=True)
+    listener.start()
+    wakeup = signal.set_wakeup_fd(far.fileno(), warn_on_full_buffer=False)
+    before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
     if parent is not None:
         threading.Thread(target=watch_parent, args=(parent,), name="parent", daemon=True).start()
     try:
@@ -62,3 +78,7 @@ def drain_on_signal(say: Callable[[str], None], *, parent: int | None = None) ->
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(wakeup)
+        far.close()
+        listener.join(timeout=5)
+        near.close()

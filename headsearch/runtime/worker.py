@@ -35,6 +35,7 @@ from headsearch.errors import (
     LeaseLost,
     TrainingStopped,
     TrialFailure,
+    UnknownStudyError,
     WorldError,
 )
 from headsearch.runtime.completion import completed
@@ -42,7 +43,7 @@ from headsearch.runtime.endings import Endings
 from headsearch.runtime.keeper import LeaseKeeper
 from headsearch.runtime.lines import first_line, unbreakable
 from headsearch.runtime.patience import patiently
-from headsearch.runtime.removal import forget_checkpoints, forget_pruned
+from headsearch.runtime.removal import forget_all, forget_checkpoints
 from headsearch.runtime.session import Session, open_session
 from headsearch.runtime.signals import Drain, drain_on_signal
 from headsearch.runtime.watch import Watch
@@ -150,19 +151,17 @@ class _Worker:
         self.ends = Endings(session, study, worker_id, keeper, drain, self.say)
         self.images: dict[str, ImageSet] = {}
         self.paused: Training | None = None
+        self.reported = 0
+        """Epochs of the trial at hand."""
 
     def work(self, count: int | None) -> WorkerResult:
         """Claim and train until there is nothing left or we are asked to stop."""
         held = False
         while not self.drain.is_set() and (count is None or self.ends.ended < count):
-            work = self._patiently(
-                lambda: claim(self.session.database, self.study, self.worker_id, self.label)
-            )
+            with self.watch.looking(self.ends.leave):
+                work = self._claim()
             if work in (Idle.COMPLETED, Idle.DONE):
-                if work is Idle.COMPLETED:
-                    self._close()
-                # Trials pruned at the end were told by whoever came last, wherever they had trained.
-                forget_checkpoints(self.session, self.study)
+                self._close(publishing=work is Idle.COMPLETED and not self.launched)
                 self.say(f"study {self.study.name} has ended: nothing left to train")
                 break
             if work is Idle.HELD and not held:
@@ -172,24 +171,34 @@ class _Worker:
             if isinstance(work, Idle):
                 self.drain.wait(POLL_SECONDS)
                 continue
+            if self.drain.is_set():
+                self.ends.give_back(work)
+                break
             with self.keeper.holding(work), self.watch.looking(partial(self.ends.escape, work)):
                 self._train(work)
         return WorkerResult(self.ends.ended, self.ends.failed, self.drain.is_set())
 
-    def _close(self) -> None:
+    def _claim(self) -> Claim | Idle:
+        try:
+            found: Claim | Idle = self._patiently(
+                lambda: claim(self.session.database, self.study, self.worker_id, self.label)
+            )
+        except UnknownStudyError:
+            forget_all(self.session, self.study)
+            raise
+        return found
+
+    def _close(self, *, publishing: bool) -> None:
         """Clean up after the study, and put figure and note on the dashboard unless our launcher does it."""
         try:
-            self._patiently(lambda: forget_pruned(self.session, self.study))
-        except HeadsearchError as error:
-            self.say(f"checkpoints of pruned trials were not removed: {error}")
-        if self.launched:
-            return
-        from headsearch.report.publish import publish  # loads plotly
+            # Trials pruned at the end were told by whoever came last, wherever they had trained.
+            self._patiently(lambda: forget_checkpoints(self.session, self.study))
+            if publishing:
+                from headsearch.report.publish import publish  # loads plotly
 
-        try:
-            self._patiently(lambda: publish(self.session.database, self.study.name))
+                self._patiently(lambda: publish(self.session.database, self.study.name))
         except HeadsearchError as error:
-            self.say(f"figure and note were not put on the dashboard: {error}")
+            self.say(f"checkpoints left, or figure and note not on the dashboard: {error}")
 
     def _patiently(self, call: Callable[[], Any]) -> Any:
         return self.ends.patiently(call)
@@ -197,6 +206,7 @@ class _Worker:
     def _train(self, work: Claim) -> None:
         """Bring a claim to its next rung or its end, whatever happens on the way."""
         self.say(f"trial {work.number} {work.origin} at epoch {work.epoch}")
+        self.reported = work.epoch
         try:
             training = self._training(work)
             self._run(training)
@@ -294,11 +304,12 @@ class _Worker:
                     return
                 training.claim = work = leases.past_rung(self.study, work)
             self.keeper.check(self.ends.patience_seconds)
-            if self.drain.is_set() or self.keeper.study_state == "paused":
+            if self.watch.leaving:
                 self.ends.give_back(work)
                 return
         self.watch.working()
-        measured = evaluate(pretrained, training.images, training.config, device=self.device)
+        with memory_checked():
+            measured = evaluate(pretrained, training.images, training.config, device=self.device)
         self.watch.resting()
         self.ends.settle()
         fingerprint = training.images.fingerprint
@@ -306,6 +317,7 @@ class _Worker:
 
     def _report(self, work: Claim, said: EpochReport) -> None:
         self.keeper.put(Report(**vars(said)))
+        self.reported = said.epoch
         self.say(
             f"trial {work.number} epoch {said.epoch}/{self.study.spec.budget.epochs} "
             f"loss {said.loss:.3f} accuracy {said.probe_accuracy:.3f} {said.views_per_second:,.0f} views/s"
@@ -316,7 +328,7 @@ class _Worker:
         if error.reason == "out_of_memory":
             self.images.clear()
             free_memory(self.device)
-            if work.epoch:
+            if self.reported:
                 # It had the memory that it needs before, so others have it now.
                 self.ends.set_back(work, error.reason, str(error))
                 return

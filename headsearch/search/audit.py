@@ -13,6 +13,7 @@ from sqlalchemy import Connection, text
 
 from headsearch.search import outcomes
 from headsearch.search.database import Database
+from headsearch.search.sampling import distributions
 from headsearch.search.studies import Study
 
 TOLD = {"running": "RUNNING", "paused": "RUNNING"} | {
@@ -63,6 +64,7 @@ def audit(database: Database, study: Study) -> Audit:
             *reader.reports(),
             *reader.rungs(),
             *reader.values(),
+            *reader.copies(),
         )
         counts = reader.one(
             "SELECT (SELECT count(*) FROM headsearch.trials WHERE study_id = :study_id) AS trials, "
@@ -86,7 +88,9 @@ class _Reader:
 
     def __init__(self, connection: Connection, study: Study) -> None:
         self.connection, self.study, self.spec = connection, study, study.spec
-        self.closed = study.ended
+        # In the audit's own snapshot: somebody may have opened the study again since ours was read.
+        self.state: str = self.one("SELECT state FROM headsearch.studies WHERE study_id = :study_id").state
+        self.closed = self.state in ("complete", "cancelled")
 
     def all(self, sql: str, **values: Any) -> list[Any]:
         return list(self.connection.execute(text(sql), {"study_id": self.study.study_id} | values))
@@ -100,17 +104,22 @@ class _Reader:
         A failed trial that was requeued does not count: its point has another.
         """
         rows = self.all(
-            "SELECT state, count(*) AS n FROM headsearch.trials WHERE study_id = :study_id AND NOT requeued "
-            "GROUP BY state"
+            "SELECT state, count(*) AS n, count(outcome) AS decided FROM headsearch.trials "
+            "WHERE study_id = :study_id AND NOT requeued GROUP BY state"
         )
-        counts = {row.state: row.n for row in rows}
-        total, wanted = sum(counts.values()), self.spec.trials
+        total, wanted = sum(row.n for row in rows), self.spec.trials
+        # What was cancelled may wait to be told; whoever claims next, or cancels again, does it.
+        left = sum(
+            row.n - (row.decided if self.state == "cancelled" else 0)
+            for row in rows
+            if row.state in ("running", "paused")
+        )
         found = []
-        if total > wanted or (self.study.state == "complete" and total != wanted):
+        if total > wanted or (self.state == "complete" and total != wanted):
             found.append(Finding("budget", f"{total} trials, the budget is {wanted}"))
-        if self.closed and (left := counts.get("running", 0) + counts.get("paused", 0)):
+        if self.closed and left:
             found.append(
-                Finding("budget", f"the study is {self.study.state}, and {left} of its trials have not ended")
+                Finding("budget", f"the study is {self.state}, and {left} of its trials have not ended")
             )
         return found
 
@@ -126,7 +135,8 @@ class _Reader:
             if row.told is None or row.optuna_number != row.number:
                 found.append(Finding("Optuna's trial", f"trial {row.number}: Optuna has none of this number"))
             elif row.told != TOLD[row.state]:
-                waiting = row.decided and row.state in ("running", "paused") and not self.closed
+                untold = row.decided and row.state in ("running", "paused")
+                waiting = untold and self.state != "complete"
                 what = "is decided and not told yet" if waiting else "was ended by another client"
                 found.append(
                     Finding(
@@ -178,8 +188,10 @@ class _Reader:
         for row in self.all(
             "SELECT t.number, t.state, t.epoch, count(r.epoch) AS n, max(r.epoch) AS last, "
             "max(r.attempt) > t.attempt AS early, "
-            "max(r.reported_at) > t.finished_at AS late FROM headsearch.trials t "
-            "LEFT JOIN headsearch.reports r USING (study_id, number) WHERE t.study_id = :study_id "
+            "bool_or(r.back) AS backwards, max(r.reported_at) > t.finished_at AS late FROM headsearch.trials t "
+            "LEFT JOIN (SELECT *, attempt < lag(attempt) OVER (PARTITION BY number ORDER BY epoch) AS back "
+            "FROM headsearch.reports WHERE study_id = :study_id) r USING (study_id, number) "
+            "WHERE t.study_id = :study_id "
             "GROUP BY t.study_id, t.number ORDER BY t.number"
         ):
             name, epochs = f"trial {row.number}", self.spec.budget.epochs
@@ -193,14 +205,25 @@ class _Reader:
                 found.append(Finding("reports", f"{name} is complete with {row.n} of {epochs} reports"))
             if row.early:
                 found.append(Finding("fencing", f"{name}: a report of a claim that was never made"))
+            if row.backwards:
+                found.append(Finding("fencing", f"{name}: an earlier claim reported after a later one"))
             if row.late:
                 found.append(Finding("reports", f"{name}: a report after its outcome"))
         return found
 
     def rungs(self) -> list[Finding]:
-        """A trial pauses, and is pruned, at a rung."""
+        """A trial pauses, and is pruned, at a rung; a complete one has passed all of them."""
         rungs = self.spec.rungs
-        return [
+        skipped = self.all(
+            "SELECT number, rung FROM headsearch.trials WHERE study_id = :study_id AND state = 'complete' "
+            "AND rung <> :rungs ORDER BY number",
+            rungs=len(rungs),
+        )
+        passed = [
+            Finding("rungs", f"trial {row.number} is complete, and passed {row.rung} of {len(rungs)} rungs")
+            for row in skipped
+        ]
+        return passed + [
             Finding(
                 "rungs", f"trial {row.number} is {row.state} at epoch {row.epoch}, rungs are {list(rungs)}"
             )
@@ -223,4 +246,37 @@ class _Reader:
                 found.append(Finding("outcome", f"trial {row.number} is complete without all its values"))
             if row.state == "failed" and not row.outcome.get("reason"):
                 found.append(Finding("outcome", f"trial {row.number} failed without a reason"))
+        return found
+
+    def copies(self) -> list[Finding]:
+        """What Optuna shows of a trial, its parameters and values, is what ours says."""
+        dists = distributions(self.spec)
+        shown: dict[int, dict[str, float]] = {}
+        for row in self.all(
+            "SELECT t.number, p.param_name, p.param_value FROM headsearch.trials t "
+            "JOIN public.trial_params p USING (trial_id) WHERE t.study_id = :study_id"
+        ):
+            shown.setdefault(row.number, {})[row.param_name] = row.param_value
+        values: dict[int, list[float]] = {}
+        for row in self.all(
+            "SELECT t.number, v.value FROM headsearch.trials t JOIN public.trial_values v USING (trial_id) "
+            "WHERE t.study_id = :study_id AND t.state = 'complete' ORDER BY t.number, v.objective"
+        ):
+            values.setdefault(row.number, []).append(row.value)
+        found = []
+        for row in self.all(
+            "SELECT number, params, outcome->'values' AS values FROM headsearch.trials "
+            "WHERE study_id = :study_id ORDER BY number"
+        ):
+            ours = {
+                path: dist.to_internal_repr(row.params[path])
+                for path, dist in dists.items()
+                if path in row.params
+            }
+            theirs = shown.get(row.number, {})
+            # A claim that was cut short leaves some unsaid; none may contradict.
+            if any(theirs[path] != ours.get(path) for path in theirs):
+                found.append(Finding("Optuna's trial", f"trial {row.number}: Optuna has other parameters"))
+            if row.number in values and values[row.number] != row.values:
+                found.append(Finding("Optuna's trial", f"trial {row.number}: Optuna has other values"))
         return found

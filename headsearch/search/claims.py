@@ -20,6 +20,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from optuna.trial import TrialState
 from sqlalchemy import Connection, Row, text
 
 from headsearch.errors import UnknownStudyError
@@ -53,6 +54,8 @@ class Claim:
     """Epoch of the rung at which the trial pauses next; None where it trains to its end."""
     origin: str
     """`new`, `adopted` or `promoted`."""
+    worker_id: str
+    """Whose it is."""
 
 
 class Idle(enum.Enum):
@@ -99,6 +102,7 @@ class _Decision:
     ) -> None:
         self.database, self.connection, self.study = database, connection, study
         self.spec: StudySpec = study.spec
+        self.worker_id = worker_id
         self.names = {
             "study_id": study.study_id,
             "worker_id": worker_id,
@@ -111,11 +115,17 @@ class _Decision:
         state = self._one("SELECT state FROM headsearch.studies WHERE study_id = :study_id")
         if state is None:
             raise UnknownStudyError(f"study {self.study.name!r}: deleted while workers were on it")
+        # Whoever asks for work is alive, also where it was taken for lost.
+        self._execute(
+            "UPDATE headsearch.workers SET ended_at = NULL, beat_at = clock_timestamp() "
+            "WHERE worker_id = :worker_id AND ended_at IS NOT NULL"
+        )
         if state.state == "paused":
             return Idle.HELD
         if state.state == "cancelled":
             # Whoever cancelled it may have died before telling.
             decided.extend(outcomes.pending(self.connection, self.study.study_id))
+            outcomes.fail_strays(self.database, self.connection, self.study)
             return None if decided else Idle.DONE
         if state.state == "complete":
             return Idle.DONE
@@ -151,7 +161,7 @@ class _Decision:
         row = self._one(
             "SELECT number, losses, outcome, worker_id, epoch, history FROM headsearch.trials "
             "WHERE study_id = :study_id AND state = 'running' "
-            "AND (lease_until < clock_timestamp() OR worker_id = :worker_id) "
+            "AND (lease_until < clock_timestamp() OR worker_id IS NULL OR worker_id = :worker_id) "
             "ORDER BY epoch DESC, number LIMIT 1 FOR UPDATE"
         )
         if row is None:
@@ -203,7 +213,17 @@ class _Decision:
     def _claim(self, row: Row[Any], origin: str) -> Claim:
         rungs = self.spec.rungs
         stop_at = rungs[row.rung] if row.rung < len(rungs) else None
-        return Claim(row.number, row.trial_id, row.params, row.seed, row.attempt, row.epoch, stop_at, origin)
+        return Claim(
+            row.number,
+            row.trial_id,
+            row.params,
+            row.seed,
+            row.attempt,
+            row.epoch,
+            stop_at,
+            origin,
+            self.worker_id,
+        )
 
     def _promotable(self) -> int | None:
         for rung in reversed(range(len(self.spec.rungs))):
@@ -235,8 +255,8 @@ class _Decision:
         if len(known) >= self.spec.trials:
             return None
         with translated():
-            trial = self._optuna_trial()
             fixed = self._requeued() or self._next_fixed(known)
+            trial = self._optuna_trial(fixed[0] if fixed else None)
             if fixed is None:
                 params, seed = self._proposed(trial, {key for key, _ in known}), self.spec.seeds[0]
             else:
@@ -269,16 +289,18 @@ class _Decision:
         assert row is not None  # noqa: S101
         return self._claim(row, "new")
 
-    def _optuna_trial(self) -> Any:
-        """A fresh RUNNING trial, or the one that a worker left before our row was written."""
-        left = self._one(
-            "SELECT trial_id FROM public.trials o WHERE study_id = :study_id AND state = 'RUNNING' "
-            "AND NOT EXISTS (SELECT 1 FROM headsearch.trials t WHERE t.trial_id = o.trial_id) "
-            "ORDER BY number LIMIT 1"
-        )
+    def _optuna_trial(self, fixed: Params | None) -> Any:
+        """A fresh RUNNING trial, or one that a worker left before our row was written.
+
+        One that was left with parameters of its own serves no point that is `fixed` otherwise, and ends.
+        """
         storage = self.database.storage
-        trial_id = left.trial_id if left else storage.create_new_trial(self.study.study_id)
-        return storage.get_trial(trial_id)
+        for trial_id in outcomes.strays(self.connection, self.study, "RUNNING"):
+            trial = storage.get_trial(trial_id)
+            if fixed is None or all(fixed.get(path) == value for path, value in trial.params.items()):
+                return trial
+            storage.set_trial_state_values(trial_id, TrialState.FAIL)
+        return storage.get_trial(storage.create_new_trial(self.study.study_id))
 
     def _requeued(self) -> tuple[Params, int] | None:
         """The point of a failed trial that somebody wants trained again, if none has begun it yet."""

@@ -115,7 +115,11 @@ def arrive(database: Database, study: Study, claim: Claim) -> Literal["paused", 
     if claim.stop_at is None:
         return "go on"
     with database.begin() as connection:
-        best = worthy(standings(connection, study, claim.stop_at), study.spec.pruning.eta)
+        decided = connection.scalar(
+            text(f"SELECT outcome IS NOT NULL FROM headsearch.trials WHERE {_HELD}"),  # noqa: S608
+            _names(study, claim),
+        )
+        best = [] if decided else worthy(standings(connection, study, claim.stop_at), study.spec.pruning.eta)
         if claim.number in best:
             # Named rather than counted up, so that saying it twice passes one rung.
             _held(
@@ -126,12 +130,16 @@ def arrive(database: Database, study: Study, claim: Claim) -> Literal["paused", 
                 passed=study.spec.rungs.index(claim.stop_at) + 1,
             )
             return "go on"
+    if decided:
+        # We said so before and did not hear the answer; trials that came since change nothing.
+        outcomes.tell_decided(database, study, claim.number)
+        return "ended"
     outcome = Outcome(
         "pruned",
         message=f"not among the best at epoch {claim.stop_at}",
         facts={"pruned_at_epoch": claim.stop_at},
     )
-    outcomes.finish(database, study, claim.number, claim.attempt, outcome)
+    outcomes.finish(database, study, claim.number, claim.attempt, outcome, worker_id=claim.worker_id)
     return "ended"
 
 
@@ -178,12 +186,17 @@ def set_back(
 
 _HELD = (
     "study_id = :study_id AND number = :number AND attempt = :attempt AND state = 'running' "
-    "AND worker_id IS NOT NULL"
+    "AND worker_id = :worker_id"
 )
 
 
 def _names(study: Study, claim: Claim) -> dict[str, Any]:
-    return {"study_id": study.study_id, "number": claim.number, "attempt": claim.attempt}
+    return {
+        "study_id": study.study_id,
+        "number": claim.number,
+        "attempt": claim.attempt,
+        "worker_id": claim.worker_id,
+    }
 
 
 def _held(connection: Connection, study: Study, claim: Claim, change: str, **values: Any) -> StudyState:

@@ -22,6 +22,7 @@ left as it is.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from dataclasses import asdict, dataclass, field
@@ -61,28 +62,51 @@ class Outcome:
     """What the page and the tables show: accuracies, device, seconds, configuration."""
 
 
-def finish(database: Database, study: Study, number: int, attempt: int, outcome: Outcome) -> None:
-    """End a trial that the caller holds.
+def finish(
+    database: Database,
+    study: Study,
+    number: int,
+    attempt: int,
+    outcome: Outcome,
+    *,
+    worker_id: str | None = None,
+) -> None:
+    """End a trial that the caller holds, as `worker_id` where that is given.
+
+    An outcome that is decided stays: saying the same again is well, saying another comes too late.
 
     Raises:
         LeaseLost: Another worker holds it; nothing was told.
         DatabaseError: Not reachable; call again, or leave it to whoever adopts the trial.
     """
+    names = {
+        "outcome": storable(outcome),
+        "study_id": study.study_id,
+        "number": number,
+        "attempt": attempt,
+        "worker_id": worker_id,
+    }
     with database.begin() as connection:
         written = connection.execute(
             text(
                 "UPDATE headsearch.trials SET outcome = CAST(:outcome AS jsonb) "
                 "WHERE study_id = :study_id AND number = :number AND attempt = :attempt "
-                "AND state = 'running'"
+                "AND state = 'running' AND worker_id = coalesce(:worker_id, worker_id) "
+                "AND (outcome IS NULL OR outcome = CAST(:outcome AS jsonb))"
             ),
-            {
-                "outcome": storable(outcome),
-                "study_id": study.study_id,
-                "number": number,
-                "attempt": attempt,
-            },
+            names,
         )
         if written.rowcount == 0:
+            told = connection.scalar(
+                text(
+                    "SELECT finished_at IS NOT NULL AND outcome = CAST(:outcome AS jsonb) "
+                    "FROM headsearch.trials WHERE study_id = :study_id AND number = :number "
+                    "AND attempt = :attempt"
+                ),
+                names,
+            )
+            if told:
+                return
             raise LeaseLost(f"trial {number}: another worker holds it now")
     tell_decided(database, study, number)
 
@@ -101,21 +125,31 @@ def lost(history: list[dict[str, Any]], last: str, epoch: int) -> str:
     return storable(Outcome("failed", reason="lost", message=f"{len(before) + 1} times: {told}"))
 
 
-def fail_strays(database: Database, connection: Connection, study: Study) -> None:
-    """End trials that only Optuna has, in a study that is complete.
+def strays(connection: Connection, study: Study, *states: str) -> list[int]:
+    """Optuna's ids of trials that only Optuna has, in one of `states`, the oldest first."""
+    return list(
+        connection.scalars(
+            text(
+                "SELECT trial_id FROM public.trials o WHERE study_id = :study_id "
+                "AND state::text = ANY(:states) "
+                "AND NOT EXISTS (SELECT 1 FROM headsearch.trials t WHERE t.trial_id = o.trial_id) "
+                "ORDER BY number"
+            ),
+            {"study_id": study.study_id, "states": list(states)},
+        )
+    )
 
-    Optuna repeats the making of a trial when its answer was lost, so a claim may leave more than one.
+
+def fail_strays(database: Database, connection: Connection, study: Study) -> None:
+    """End trials that only Optuna has, in a study that ends.
+
+    Optuna repeats the making of a trial when its answer was lost, so a claim may leave more than one; other
+    clients may have enqueued some.
     """
-    strays = connection.scalars(
-        text(
-            "SELECT number FROM public.trials o WHERE study_id = :study_id AND state = 'RUNNING' "
-            "AND NOT EXISTS (SELECT 1 FROM headsearch.trials t WHERE t.trial_id = o.trial_id)"
-        ),
-        {"study_id": study.study_id},
-    ).all()
     with quietly(), translated():
-        for number in strays:
-            database.optuna_study(study.name).tell(number, state=TrialState.FAIL, skip_if_finished=True)
+        for trial_id in strays(connection, study, "RUNNING", "WAITING"):
+            with contextlib.suppress(UpdateFinishedTrialError):
+                database.storage.set_trial_state_values(trial_id, TrialState.FAIL)
 
 
 def pending(connection: Connection, study_id: int) -> list[int]:
@@ -165,7 +199,9 @@ def tell_decided(database: Database, study: Study, number: int) -> None:
                 """
             ),
             {"study_id": study.study_id, "number": number},
-        ).one()
+        ).one_or_none()
+    if row is None:
+        return  # deleted with its study
     outcome: dict[str, Any] = row.outcome
     attributes = {
         "seed": row.seed,
@@ -183,9 +219,9 @@ def tell_decided(database: Database, study: Study, number: int) -> None:
         "message": outcome["message"],
         "config": _config(study, row.params, row.seed),
     } | outcome["facts"]
-    optuna_study = database.optuna_study(study.name)
     with quietly(), translated():
         try:
+            optuna_study = database.optuna_study(study.name)
             for key, value in attributes.items():
                 if value is not None:
                     database.storage.set_trial_user_attr(row.trial_id, key, value)

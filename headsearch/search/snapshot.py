@@ -146,15 +146,15 @@ def read(database: Database, name: str) -> Snapshot:
     )
 
 
-def attempts(database: Database, study: Study, *, state: TrialStateName | None = None) -> dict[int, int]:
-    """How often each trial was claimed, of all or of those in one state."""
+def attempts(database: Database, study: Study, *, ended: bool = False) -> dict[int, int]:
+    """How often each trial was claimed, of all or of those that have ended."""
     with database.begin() as connection:
         rows = connection.execute(
             text(
                 "SELECT number, attempt FROM headsearch.trials WHERE study_id = :study_id "
-                "AND (state = :state OR CAST(:state AS text) IS NULL) ORDER BY number"
+                "AND (finished_at IS NOT NULL OR NOT :ended) ORDER BY number"
             ),
-            {"study_id": study.study_id, "state": state},
+            {"study_id": study.study_id, "ended": ended},
         )
         return {row.number: row.attempt for row in rows}
 

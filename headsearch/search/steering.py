@@ -131,6 +131,7 @@ def cancel(database: Database, name: str, numbers: Sequence[int] = ()) -> list[i
             if numbers and row.state not in ("running", "paused"):
                 raise InputError(f"trial {row.number}: is {row.state} already")
         by_hand = Outcome("failed", reason="cancelled", message="cancelled by a person")
+        before = set(outcomes.pending(connection, study.study_id))
         _decide(connection, study, by_hand, numbers)
         if not numbers:
             outcomes.prune_paused(connection, study.study_id)
@@ -138,7 +139,11 @@ def cancel(database: Database, name: str, numbers: Sequence[int] = ()) -> list[i
         decided = outcomes.pending(connection, study.study_id)
     for number in decided:
         outcomes.tell_decided(database, study, number)
-    return decided
+    if not numbers:
+        with database.begin() as connection:
+            _lock(connection, study)
+            outcomes.fail_strays(database, connection, study)
+    return [number for number in decided if number not in before]
 
 
 def upgrade(database: Database, name: str) -> Study:

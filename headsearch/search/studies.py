@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Row, text
 from headsearch import __version__
 from headsearch.errors import SpecError, StudyBusyError, StudyExistsError, UnknownStudyError
 from headsearch.fields import guess
-from headsearch.search.database import LOCK_CREATE, Database, quietly, translated
+from headsearch.search.database import LOCK_CLAIM, LOCK_CREATE, Database, quietly, translated
 from headsearch.spec import StudySpec, differences
 
 StudyState = Literal["open", "paused", "complete", "cancelled"]
@@ -113,23 +113,28 @@ def delete(database: Database, name: str, *, force: bool = False) -> None:
         StudyBusyError: Workers train its trials now, and `force` is false.
     """
     study = get(database, name)
-    if not force:
-        with database.begin() as connection:
-            busy = connection.scalars(
-                text(
-                    "SELECT number FROM headsearch.trials WHERE study_id = :study_id AND state = 'running' "
-                    "AND worker_id IS NOT NULL AND lease_until > clock_timestamp() ORDER BY number"
-                ),
-                {"study_id": study.study_id},
-            ).all()
-        if busy:
+    with database.begin() as connection:
+        # A claim that is under way ends first, and none comes between the question and the deletion.
+        connection.execute(
+            text("SELECT pg_advisory_xact_lock(:kind, :study_id)"),
+            {"kind": LOCK_CLAIM, "study_id": study.study_id},
+        )
+        busy = connection.scalars(
+            text(
+                "SELECT number FROM headsearch.trials WHERE study_id = :study_id AND state = 'running' "
+                "AND worker_id IS NOT NULL AND lease_until > clock_timestamp() ORDER BY number"
+            ),
+            {"study_id": study.study_id},
+        ).all()
+        if busy and not force:
             numbers = ", ".join(map(str, busy))
             raise StudyBusyError(
                 f"study {name!r}: workers are training trial {numbers}; stop them first, or add --force"
             )
-    # Our rows go with Optuna's study (ON DELETE CASCADE), so that a deletion cut short can be repeated.
-    with quietly(), translated(), contextlib.suppress(KeyError):
-        optuna.delete_study(study_name=name, storage=database.storage)
+        # Over a connection of Optuna's. Our rows go with its study (ON DELETE CASCADE), so that a deletion
+        # cut short can be repeated.
+        with quietly(), translated(), contextlib.suppress(KeyError):
+            optuna.delete_study(study_name=name, storage=database.storage)
 
 
 _SELECT = "SELECT study_id, name, spec, state, created_at, completed_at, uid, version FROM headsearch.studies"

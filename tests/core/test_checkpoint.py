@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import logging
 import multiprocessing
 import os
@@ -14,8 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from headsearch.core.checkpoint import DIGEST_BYTES, MAGIC, CheckpointFolder
-from headsearch.errors import StorageError
+from headsearch.core import checkpoint
+from headsearch.core.checkpoint import DIGEST_BYTES, MAGIC, CheckpointFolder, decode, encode
+from headsearch.errors import StorageError, TrialFailure
 
 
 @pytest.fixture
@@ -127,7 +130,7 @@ def test_code_in_a_file_is_not_run(
 
 def test_half_written_file_is_ignored_and_swept(folder: CheckpointFolder) -> None:
     folder.save(state(1))
-    (folder.path / ".123-abc.partial").write_bytes(MAGIC)
+    (folder.path / ".0-abc.partial").write_bytes(MAGIC)
     loaded = folder.load()
     assert loaded is not None
     assert loaded["epoch"] == 1
@@ -213,6 +216,72 @@ def test_twenty_random_damages_never_give_another_state(
             assert loaded["epoch"] == 1
             assert torch.equal(loaded["weights"], state(1)["weights"])
             assert "falling back to 000001.checkpoint" in caplog.text
+
+
+def with_right_digest(body: bytes) -> bytes:
+    return MAGIC + hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest() + body
+
+
+def test_what_somebody_else_wrote_is_nothing_however_its_parser_fails() -> None:
+    draw = random.Random(7)
+    ours = b"".join(encode(state(1)))[len(MAGIC) + DIGEST_BYTES :]
+    assert decode(with_right_digest(ours)) is not None
+    bodies = [b"", b"\x80", b"x", ours[: len(ours) // 2]]
+    for _ in range(300):
+        body = bytearray(ours)
+        at = draw.randrange(len(body))
+        body[at : at + 8] = b"\xff" * 8
+        bodies.append(bytes(body))
+    found = [decode(with_right_digest(body)) for body in bodies]
+    assert found[:4] == [None] * 4
+    assert found.count(None) > 20
+
+
+class Huge:
+    def __reduce__(self) -> tuple[Any, tuple[int]]:
+        return bytearray, (10**15,)
+
+
+def test_memory_that_runs_out_is_not_taken_for_damage(folder: CheckpointFolder) -> None:
+    folder.save(state(1))
+    buffer = io.BytesIO()
+    torch.save({"epoch": Huge()}, buffer)
+    (folder.path / "000002.checkpoint").write_bytes(with_right_digest(buffer.getvalue()))
+    with pytest.raises(TrialFailure, match="out of memory"):
+        folder.load()
+
+
+def test_a_file_larger_than_memory_is_damage(folder: CheckpointFolder) -> None:
+    folder.save(state(1))
+    folder.save(state(2))
+    os.truncate(files(folder)[-1], 1 << 42)  # sparse
+    loaded = folder.load()
+    assert loaded is not None
+    assert loaded["epoch"] == 1
+
+
+def test_a_file_that_the_disk_does_not_give_gives_way_unless_it_is_the_last(
+    folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder.save(state(1))
+    folder.save(state(2))
+    bad = {"000002.checkpoint"}
+    whole = checkpoint.read
+
+    def read(path: Path) -> bytes:
+        if path.name in bad:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return whole(path)
+
+    monkeypatch.setattr(checkpoint, "read", read)
+    loaded = folder.load()
+    assert loaded is not None
+    assert loaded["epoch"] == 1
+    assert "000002.checkpoint cannot be read (Input/output error); falling back to 000001" in caplog.text
+    bad.add("000001.checkpoint")
+    with pytest.raises(StorageError, match=r"cannot be read \(Input/output error\)"):
+        folder.load()
+    assert "starting anew" not in caplog.text
 
 
 def test_a_folder_or_a_dead_link_in_a_checkpoints_place_is_damage(folder: CheckpointFolder) -> None:

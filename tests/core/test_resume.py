@@ -47,6 +47,9 @@ class Scripted:
         self.asked += 1
         return self.verdict if self.asked in self.steps else "go on"
 
+    def at_report(self, epoch: int) -> None:
+        assert epoch == self.begun[-1]
+
     def save_after(self, epoch: int) -> bool:
         return epoch in self.epochs
 

@@ -46,8 +46,10 @@ def train(database: Database, study: Study, work: Claim) -> str:
     """To the next rung or the end; returns what became of it."""
     dim = work.params["head.projection_dim"]
     leases.describe(database, study, work, projection_dim=dim, head_parameters=100 * dim)
-    for epoch in range(work.epoch + 1, study.spec.budget.epochs + 1):
-        leases.report(database, study, work, report_of(work, epoch))
+    for epoch in range(1, study.spec.budget.epochs + 1):
+        # As a training that goes on from its checkpoint, which says again what it said before.
+        if epoch > work.epoch:
+            leases.report(database, study, work, report_of(work, epoch))
         if epoch == work.stop_at:
             verdict = leases.arrive(database, study, work)
             if verdict != "go on":
