@@ -187,8 +187,8 @@ class _Reader:
         found = []
         for row in self.all(
             "SELECT t.number, t.state, t.epoch, count(r.epoch) AS n, max(r.epoch) AS last, "
-            "max(r.attempt) > t.attempt AS early, "
-            "bool_or(r.back) AS backwards, max(r.reported_at) > t.finished_at AS late FROM headsearch.trials t "
+            "max(r.attempt) > t.attempt AS early, bool_or(r.back) AS backwards, "
+            "max(r.reported_at) > t.finished_at AS late FROM headsearch.trials t "
             "LEFT JOIN (SELECT *, attempt < lag(attempt) OVER (PARTITION BY number ORDER BY epoch) AS back "
             "FROM headsearch.reports WHERE study_id = :study_id) r USING (study_id, number) "
             "WHERE t.study_id = :study_id "
