@@ -1,7 +1,8 @@
-"""Commands on the embedded PostgreSQL server: start, stop, status, url."""
+"""Commands on the embedded PostgreSQL server: start, stop, status, url; and on any: backup, restore."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,10 +13,11 @@ if TYPE_CHECKING:
     from headsearch.runtime.postgres import EmbeddedServer, ServerStatus
 
 app = typer.Typer(
-    help="The embedded PostgreSQL server: start, stop, status, url.",
+    help="The embedded PostgreSQL server: start, stop, status, url; of any database: backup, restore.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
+File = Annotated[Path, typer.Argument(metavar="FILE", help="In pg_dump's custom format.")]
 Reader = Annotated[bool, typer.Option("--reader", help="Of the role that may only read.")]
 
 
@@ -58,6 +60,49 @@ def url(reader: Reader = False, as_json: Json = False) -> None:
         emit({"url": found, "embedded": given is None})
     else:
         emit_lines([found])
+
+
+@app.command()
+def backup(
+    file: File,
+    force: Annotated[bool, typer.Option("--force", help="Replace FILE if it exists.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write all studies to a file, also while workers train.
+
+    Checkpoints are not in it: after a restore, unfinished trials go on from those that are still in the home
+    folder, and train again from epoch 1 with the same reports where there are none.
+    """
+    from headsearch.runtime.dumps import backup as write
+
+    written = write(file, force=force)
+    if as_json:
+        emit(written.to_json())
+    else:
+        emit_lines([written.line()])
+
+
+@app.command()
+def restore(
+    file: File,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Give up the studies that the database holds.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Also while workers are on them.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Read all studies from a file of db backup, or change nothing.
+
+    Stop workers first. Checkpoints are not in the file: unfinished trials go on from those that are still in
+    the home folder, and train again from epoch 1 with the same reports where there are none.
+    """
+    from headsearch.runtime.dumps import restore as read
+
+    found = read(file, replace=replace, force=force)
+    if as_json:
+        emit(found.to_json())
+    else:
+        emit_lines([f"restored {found.line()}"])
 
 
 def _server() -> EmbeddedServer:

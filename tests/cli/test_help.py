@@ -123,4 +123,6 @@ def test_the_options_are_these() -> None:
         "db stop": ["--force", "--json"],
         "db status": ["--json"],
         "db url": ["--json", "--reader"],
+        "db backup": ["--force", "--json"],
+        "db restore": ["--force", "--json", "--replace"],
     }
