@@ -17,15 +17,17 @@ from __future__ import annotations
 import enum
 import hashlib
 import json
+import random
 from dataclasses import dataclass
 from typing import Any
 
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Connection, Row, text
 
 from headsearch.errors import UnknownStudyError
-from headsearch.search import outcomes
-from headsearch.search.database import LOCK_CLAIM, Database, translated
+from headsearch.search import history, outcomes
+from headsearch.search.database import LOCK_CLAIM, Database, quietly, translated
+from headsearch.search.history import Seen
 from headsearch.search.rungs import worthy
 from headsearch.search.sampling import distributions, make_sampler, propose
 from headsearch.search.standings import standings
@@ -36,6 +38,8 @@ from headsearch.spec import StudySpec
 MODEL_NEEDS_COMPLETE = 4
 """Complete trials before a sampler models: Optuna's TPE treats all others as bad, so with fewer it
 would know only what to avoid."""
+
+TOLD_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,8 @@ def claim(database: Database, study: Study, worker_id: str, device: str) -> Clai
             )
             result = _Decision(database, connection, study, worker_id, device).make(decided)
         # Telling is safe to repeat, so it needs no lock; a claim made meanwhile stays ours.
-        for number in decided:
+        # A few at a time and at random, because all workers that are free have the same list.
+        for number in random.sample(decided, min(len(decided), TOLD_AT_ONCE)):
             outcomes.tell_decided(database, study, number)
         if result is not None:
             return result
@@ -226,39 +231,40 @@ class _Decision:
         )
 
     def _promotable(self) -> int | None:
-        for rung in reversed(range(len(self.spec.rungs))):
-            paused = {
-                row.number
-                for row in self._execute(
-                    "SELECT number FROM headsearch.trials "
-                    "WHERE study_id = :study_id AND state = 'paused' AND rung = :rung AND outcome IS NULL",
-                    rung=rung,
-                )
-            }
-            if paused:
-                ranked = worthy(
-                    standings(self.connection, self.study, self.spec.rungs[rung]), self.spec.pruning.eta
-                )
-                best = next((number for number in ranked if number in paused), None)
-                if best is not None:
-                    return best
+        paused = {
+            row.rung: set(row.numbers)
+            for row in self._execute(
+                "SELECT rung, array_agg(number) AS numbers FROM headsearch.trials "
+                "WHERE study_id = :study_id AND state = 'paused' AND outcome IS NULL GROUP BY rung"
+            )
+        }
+        for rung in sorted(paused, reverse=True):
+            stood = standings(self.database, self.connection, self.study, self.spec.rungs[rung])
+            for number in worthy(stood, self.spec.pruning.eta):
+                if number in paused[rung]:
+                    return number
         return None
 
     def _new(self) -> Claim | None:
-        known = {
-            (row.point_key, row.seed): row.params
-            for row in self._execute(
-                "SELECT point_key, seed, params FROM headsearch.trials WHERE study_id = :study_id "
-                "AND NOT requeued ORDER BY number"
-            )
-        }
-        if len(known) >= self.spec.trials:
+        counts = self._one(
+            "SELECT count(*) AS begun, count(*) FILTER (WHERE epoch >= :first) AS reported, "
+            "count(*) FILTER (WHERE state = 'complete') AS complete "
+            "FROM headsearch.trials WHERE study_id = :study_id AND NOT requeued",
+            first=self.spec.rungs[0] if self.spec.rungs else self.spec.budget.epochs,
+        )
+        assert counts is not None  # noqa: S101 - an aggregate has one row
+        if counts.begun >= self.spec.trials:
             return None
         with translated():
-            fixed = self._requeued() or self._next_fixed(known)
+            notes: dict[str, Any] = {}
+            fixed = self._requeued() or self._next_fixed(counts.begun)
             trial = self._optuna_trial(fixed[0] if fixed else None)
             if fixed is None:
-                params, seed = self._proposed(trial, {key for key, _ in known}), self.spec.seeds[0]
+                warmed_up = (
+                    counts.reported >= self.spec.sampler.startup_trials
+                    and counts.complete >= MODEL_NEEDS_COMPLETE
+                )
+                params, seed = self._proposed(trial, notes, warmed_up=warmed_up), self.spec.seeds[0]
             else:
                 params, seed = fixed
         row = self._one(
@@ -275,32 +281,26 @@ class _Decision:
             seed=seed,
             params=json.dumps(params),
         )
-        # After our row, which fails if the lock went with its connection: then another claim may have
-        # the same trial, and must not find our parameters on it.
-        with translated():
-            for path, dist in distributions(self.spec).items():
-                if path in params and path not in trial.params:
-                    self.database.storage.set_trial_param(
-                        trial._trial_id,
-                        path,
-                        dist.to_internal_repr(params[path]),
-                        dist,
-                    )
         assert row is not None  # noqa: S101
+        # In the transaction of our row: should the lock have gone with its connection, another claim has
+        # the same trial, and must not find our parameters on it.
+        history.store(
+            self.connection, trial._trial_id, params, distributions(self.spec), notes, but=trial.params
+        )
         return self._claim(row, "new")
 
-    def _optuna_trial(self, fixed: Params | None) -> Any:
+    def _optuna_trial(self, fixed: Params | None) -> FrozenTrial:
         """A fresh RUNNING trial, or one that a worker left before our row was written.
 
         One that was left with parameters of its own serves no point that is `fixed` otherwise, and ends.
         """
         storage = self.database.storage
         for trial_id in outcomes.strays(self.connection, self.study, "RUNNING"):
-            trial = storage.get_trial(trial_id)
+            trial = history.trial(self.connection, trial_id)
             if fixed is None or all(fixed.get(path) == value for path, value in trial.params.items()):
                 return trial
             storage.set_trial_state_values(trial_id, TrialState.FAIL)
-        return storage.get_trial(storage.create_new_trial(self.study.study_id))
+        return history.trial(self.connection, storage.create_new_trial(self.study.study_id))
 
     def _requeued(self) -> tuple[Params, int] | None:
         """The point of a failed trial that somebody wants trained again, if none has begun it yet."""
@@ -311,29 +311,42 @@ class _Decision:
         )
         return None if row is None else (row.params, row.seed)
 
-    def _next_fixed(self, known: dict[tuple[str, int], Params]) -> tuple[Params, int] | None:
-        """The next cell of a list, or the next seed of a point that a search has begun."""
-        if self.spec.mode != "search":
-            cells = ((params, seed) for params, seed in self.spec.cells())
-        else:
-            cells = ((params, seed) for params in list(known.values()) for seed in self.spec.seeds)
-        return next(
-            ((params, seed) for params, seed in cells if (point_key(params), seed) not in known), None
+    def _begun(self, params: Params, seed: int) -> bool:
+        return bool(
+            self._one(
+                "SELECT 1 FROM headsearch.trials WHERE study_id = :study_id AND point_key = :key "
+                "AND seed = :seed AND NOT requeued",
+                key=point_key(params),
+                seed=seed,
+            )
         )
 
-    def _proposed(self, trial: Any, known: set[str]) -> Params:
-        counts = self._one(
-            "SELECT count(*) FILTER (WHERE epoch >= :first) AS reported, "
-            "count(*) FILTER (WHERE state = 'complete') AS complete "
-            "FROM headsearch.trials WHERE study_id = :study_id AND NOT requeued",
-            first=self.spec.rungs[0] if self.spec.rungs else self.spec.budget.epochs,
+    def _next_fixed(self, begun: int) -> tuple[Params, int] | None:
+        """The next cell of a list, or the next seed of a point that a search has begun."""
+        if self.spec.mode != "search":
+            cells = self.spec.cells()
+            # In their order, so the first that is left is nearly always the one after those begun.
+            return next((cell for cell in cells[begun:] + cells[:begun] if not self._begun(*cell)), None)
+        if len(self.spec.seeds) == 1:
+            return None
+        row = self._one(
+            "SELECT (array_agg(params ORDER BY number))[1] AS params, array_agg(seed) AS seeds "
+            "FROM headsearch.trials WHERE study_id = :study_id AND NOT requeued "
+            "GROUP BY point_key HAVING count(*) < :seeds ORDER BY min(number) LIMIT 1",
+            seeds=len(self.spec.seeds),
         )
-        assert counts is not None  # noqa: S101 - an aggregate has one row
-        sampler = make_sampler(
-            self.spec.sampler,
-            trial.number,
-            warmed_up=counts.reported >= self.spec.sampler.startup_trials
-            and counts.complete >= MODEL_NEEDS_COMPLETE,
-        )
-        study = self.database.optuna_study(self.study.name)
-        return propose(study, trial, self.spec.space, sampler, lambda params: point_key(params) in known)
+        return row and (row.params, next(seed for seed in self.spec.seeds if seed not in row.seeds))
+
+    def _proposed(self, trial: FrozenTrial, notes: dict[str, Any], *, warmed_up: bool) -> Params:
+        sampler = make_sampler(self.spec.sampler, trial.number, warmed_up=warmed_up)
+        trials = self.database.memory(self.study.study_id).read(self.connection)
+        seen = Seen(self.database.storage, self.study.study_id, trials)
+        with quietly():
+            study = seen.study(self.study.name)
+        keys = self._execute(
+            "SELECT array_agg(point_key) FROM headsearch.trials WHERE study_id = :study_id AND NOT requeued"
+        ).scalar()
+        known = frozenset(keys or ())
+        params = propose(study, trial, self.spec.space, sampler, lambda params: point_key(params) in known)
+        notes.update(seen.notes)
+        return params

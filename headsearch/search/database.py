@@ -15,6 +15,7 @@ from sqlalchemy import URL, Connection, Engine, create_engine, make_url
 from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError, OperationalError
 
 from headsearch.errors import DatabaseError
+from headsearch.search.history import History
 
 LOCK_SCHEMA = 0x6865_6164
 LOCK_CREATE = 0x6865_6165
@@ -90,6 +91,7 @@ class Database:
         self.url = address.render_as_string(hide_password=False)
         self.options = engine_options(address)
         self.engine: Engine = create_engine(self.url, **self.options)
+        self._memories: dict[int, History] = {}
 
     @contextlib.contextmanager
     def begin(self) -> Iterator[Connection]:
@@ -117,6 +119,10 @@ class Database:
         """Optuna's view of a study; the sampler is set by whoever proposes."""
         with quietly(), translated():
             return optuna.load_study(study_name=name, storage=self.storage, sampler=_NO_SAMPLER)
+
+    def memory(self, study_id: int) -> History:
+        """What this process remembers of a study's trials."""
+        return self._memories.setdefault(study_id, History(study_id))
 
     def close(self) -> None:
         """Give all connections back."""

@@ -119,7 +119,11 @@ def arrive(database: Database, study: Study, claim: Claim) -> Literal["paused", 
             text(f"SELECT outcome IS NOT NULL FROM headsearch.trials WHERE {_HELD}"),  # noqa: S608
             _names(study, claim),
         )
-        best = [] if decided else worthy(standings(connection, study, claim.stop_at), study.spec.pruning.eta)
+        best = (
+            []
+            if decided
+            else worthy(standings(database, connection, study, claim.stop_at), study.spec.pruning.eta)
+        )
         if claim.number in best:
             # Named rather than counted up, so that saying it twice passes one rung.
             _held(

@@ -35,6 +35,7 @@ from pydantic import ValidationError
 from sqlalchemy import Connection, text
 
 from headsearch.errors import LeaseLost
+from headsearch.search import history
 from headsearch.search.database import Database, quietly, translated
 from headsearch.search.studies import Study
 from headsearch.space import Params
@@ -196,12 +197,13 @@ def tell_decided(database: Database, study: Study, number: int) -> None:
                     SELECT * FROM headsearch.reports
                     WHERE study_id = t.study_id AND number = t.number ORDER BY epoch DESC LIMIT 1) r ON true
                 WHERE t.study_id = :study_id AND t.number = :number AND t.outcome IS NOT NULL
+                AND t.state IN ('running', 'paused')
                 """
             ),
             {"study_id": study.study_id, "number": number},
         ).one_or_none()
     if row is None:
-        return  # deleted with its study
+        return  # told by another worker, or deleted with its study
     outcome: dict[str, Any] = row.outcome
     attributes = {
         "seed": row.seed,
@@ -221,15 +223,15 @@ def tell_decided(database: Database, study: Study, number: int) -> None:
     } | outcome["facts"]
     with quietly(), translated():
         try:
-            optuna_study = database.optuna_study(study.name)
-            for key, value in attributes.items():
-                if value is not None:
-                    database.storage.set_trial_user_attr(row.trial_id, key, value)
-            optuna_study.tell(
-                number,
-                outcome["values"],
-                state=OPTUNA_STATES[outcome["state"]],
-                skip_if_finished=True,
+            with database.begin() as connection:
+                history.write(
+                    connection,
+                    "trial_user_attributes",
+                    row.trial_id,
+                    {key: value for key, value in attributes.items() if value is not None},
+                )
+            database.storage.set_trial_state_values(
+                row.trial_id, OPTUNA_STATES[outcome["state"]], outcome["values"]
             )
         except (UpdateFinishedTrialError, KeyError, ValueError):
             # Another client finished or deleted it. Its word stands in Optuna, ours in our row.

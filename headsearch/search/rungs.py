@@ -17,13 +17,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 
-@dataclass(frozen=True)
-class Standing:
+class Standing(NamedTuple):
     """A trial as it stood at one rung."""
 
     number: int
@@ -39,18 +38,36 @@ class Standing:
 def domination_counts(standings: Sequence[Standing]) -> list[int]:
     """For each trial, how many others are no worse in every objective and better in at least one.
 
-    Quadratic in the number of trials, in numpy: 2,000 trials take some tens of milliseconds.
+    2,000 trials take a millisecond with two objectives of which one has few values, some tens of them else.
     """
     if not standings:
         return []
     # One row a trial, every column to be maximised.
-    scores = np.array([(one.accuracy, *(-cost for cost in one.costs)) for one in standings])
+    scores = np.array([(one.accuracy, *one.costs) for one in standings])
+    scores[:, 1:] *= -1
+    if scores.shape[1] == 2:
+        return _domination_counts_of_two(scores)
     no_worse = np.ones((len(scores), len(scores)), dtype=bool)
     better = np.zeros_like(no_worse)
     for column in scores.T:
         no_worse &= column[:, None] >= column[None, :]
         better |= column[:, None] > column[None, :]
     return [int(count) for count in (no_worse & better).sum(axis=0)]
+
+
+def _domination_counts_of_two(scores: np.ndarray[Any, Any]) -> list[int]:
+    """The same for two columns: each trial is counted among those that have as much in the second."""
+    counts = np.zeros(len(scores), dtype=int)
+    seen = np.empty(0)
+    for value in np.unique(scores[:, 1])[::-1]:
+        here = np.flatnonzero(scores[:, 1] == value)
+        mine = np.sort(scores[here, 0])
+        seen = np.insert(seen, np.searchsorted(seen, mine), mine)
+        no_worse = len(seen) - np.searchsorted(seen, scores[here, 0])
+        # Of those the equal ones, itself among them, are better in none.
+        equal = np.searchsorted(mine, scores[here, 0], "right") - np.searchsorted(mine, scores[here, 0])
+        counts[here] = no_worse - equal
+    return cast(list[int], counts.tolist())
 
 
 def front(standings: Sequence[Standing]) -> list[Standing]:
@@ -66,13 +83,16 @@ def worthy(standings: Sequence[Standing], eta: int) -> list[int]:
         standings: All trials that ever reached the rung, those that went on included.
         eta: The best 1/eta of each list go on (rounded up).
     """
-    count = dict(zip((one.number for one in standings), domination_counts(standings), strict=True))
-    by_count = sorted(standings, key=lambda one: (count[one.number], -one.accuracy, one.number))
+    counts = np.array(domination_counts(standings))
+    accuracy = np.array([one.accuracy for one in standings])
+    numbers = np.array([one.number for one in standings])
+    by_count = np.lexsort((numbers, -accuracy, counts))
     seen: Counter[tuple[float, ...]] = Counter()
-    rank: dict[int, int] = {}
-    for one in sorted(standings, key=lambda one: (-one.accuracy, count[one.number], one.number)):
-        rank[one.number] = seen[one.group]
-        seen[one.group] += 1
-    by_group = sorted(by_count, key=lambda one: rank[one.number])
+    rank = [0] * len(standings)
+    for index in np.lexsort((numbers, counts, -accuracy)).tolist():
+        group = standings[index].group
+        rank[index] = seen[group]
+        seen[group] += 1
+    by_group = by_count[np.argsort(np.array(rank)[by_count], kind="stable")]
     places = math.ceil(len(standings) / eta)
-    return list(dict.fromkeys(one.number for one in (*by_count[:places], *by_group[:places])))
+    return list(dict.fromkeys(numbers[np.concatenate((by_count[:places], by_group[:places]))].tolist()))
