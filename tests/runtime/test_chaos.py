@@ -17,7 +17,7 @@ from headsearch.runtime.session import open_session
 from headsearch.runtime.verifying import verify
 from headsearch.search import snapshot, studies
 
-pytestmark = [pytest.mark.postgres, pytest.mark.slow]
+pytestmark = [pytest.mark.postgres, pytest.mark.slow, pytest.mark.hostile]
 
 KILLS = int(os.environ.get("HEADSEARCH_TEST_KILLS", "16"))
 SEED = int(os.environ.get("HEADSEARCH_TEST_SEED", "4"))

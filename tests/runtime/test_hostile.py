@@ -21,7 +21,7 @@ from headsearch.search import steering, studies
 from headsearch.search.database import LOCK_CLAIM
 
 __all__ = ["cable", "world"]
-pytestmark = [pytest.mark.postgres, pytest.mark.slow]
+pytestmark = [pytest.mark.postgres, pytest.mark.slow, pytest.mark.hostile]
 ONE = {**DIMS, "points": DIMS["points"][:1]}
 
 
