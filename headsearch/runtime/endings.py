@@ -13,9 +13,9 @@ from headsearch.runtime.patience import patiently
 from headsearch.runtime.session import Session
 from headsearch.runtime.signals import Drain
 from headsearch.search import leases, outcomes, workers
-from headsearch.search.claims import Claim
 from headsearch.search.outcomes import Outcome
 from headsearch.search.studies import Study
+from headsearch.search.work import Claim
 
 T = TypeVar("T")
 

@@ -19,9 +19,9 @@ from headsearch.runtime.lines import first_line, unbreakable
 from headsearch.runtime.patience import FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS, revive
 from headsearch.runtime.session import Session
 from headsearch.search import leases, workers
-from headsearch.search.claims import Claim
 from headsearch.search.leases import Report
 from headsearch.search.studies import Study, StudyState
+from headsearch.search.work import Claim
 
 BEATS_PER_LEASE = 3
 

@@ -48,10 +48,11 @@ from headsearch.runtime.session import Session, open_session
 from headsearch.runtime.signals import Drain, drain_on_signal
 from headsearch.runtime.watch import Watch
 from headsearch.search import leases, steering, studies, workers
-from headsearch.search.claims import Claim, Idle, claim
+from headsearch.search.claims import claim
 from headsearch.search.leases import Report
 from headsearch.search.outcomes import Outcome
 from headsearch.search.studies import Study
+from headsearch.search.work import Claim, Idle
 
 logger = logging.getLogger(__name__)
 

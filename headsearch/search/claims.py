@@ -14,11 +14,8 @@ claim for a new trial takes that one, with its number and any parameters it has.
 
 from __future__ import annotations
 
-import enum
-import hashlib
 import json
 import random
-from dataclasses import dataclass
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
@@ -32,6 +29,7 @@ from headsearch.search.rungs import worthy
 from headsearch.search.sampling import distributions, make_sampler, propose
 from headsearch.search.standings import standings
 from headsearch.search.studies import Study
+from headsearch.search.work import Claim, Idle, point_key
 from headsearch.space import Params
 from headsearch.spec import StudySpec
 
@@ -40,40 +38,7 @@ MODEL_NEEDS_COMPLETE = 4
 would know only what to avoid."""
 
 TOLD_AT_ONCE = 8
-
-
-@dataclass(frozen=True)
-class Claim:
-    """The right to train one trial."""
-
-    number: int
-    trial_id: int
-    params: Params
-    seed: int
-    attempt: int
-    """Fencing token: rises with every claim of this trial."""
-    epoch: int
-    """Epochs reported so far."""
-    stop_at: int | None
-    """Epoch of the rung at which the trial pauses next; None where it trains to its end."""
-    origin: str
-    """`new`, `adopted` or `promoted`."""
-    worker_id: str
-    """Whose it is."""
-
-
-class Idle(enum.Enum):
-    """Why there is no claim."""
-
-    WAIT = "others still train"
-    COMPLETED = "this claim found nothing left and completed the study"
-    DONE = "the study was complete or cancelled"
-    HELD = "the study is paused"
-
-
-def point_key(params: Params) -> str:
-    """Identity of a point: a hash of its active parameters."""
-    return hashlib.sha256(json.dumps(params, sort_keys=True).encode()).hexdigest()[:16]
+"""Outcomes that one claim tells before it decides again; others who are free tell the rest."""
 
 
 def claim(database: Database, study: Study, worker_id: str, device: str) -> Claim | Idle:

@@ -15,12 +15,12 @@ from sqlalchemy import Connection, text
 
 from headsearch.errors import FailureReason, LeaseLost
 from headsearch.search import outcomes
-from headsearch.search.claims import Claim
 from headsearch.search.database import Database
 from headsearch.search.outcomes import Outcome
 from headsearch.search.rungs import worthy
 from headsearch.search.standings import standings
 from headsearch.search.studies import Study, StudyState
+from headsearch.search.work import Claim
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from headsearch.search.claims import Claim, claim, point_key
 from headsearch.search.database import LOCK_CLAIM
 from headsearch.spec import StudySpec
 
-pytestmark = [pytest.mark.postgres, pytest.mark.slow]
+pytestmark = [pytest.mark.postgres, pytest.mark.slow, pytest.mark.hostile]
 
 SECONDS = 2.0
 """Of the lease."""
