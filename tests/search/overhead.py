@@ -115,7 +115,9 @@ def plain_worker(index: int, url: str, name: str, tree: dict[str, Any]) -> Stopw
             suggested = trial.suggest_int if parameter.is_integer else trial.suggest_float
             return suggested(path, parameter.low, parameter.high, log=parameter.log)
 
-        work = Claim(trial.number, 0, spaces.draw(spec.space, suggest), spec.seeds[0], 1, 0, None, "new", "plain")
+        work = Claim(
+            trial.number, 0, spaces.draw(spec.space, suggest), spec.seeds[0], 1, 0, None, "new", "plain"
+        )
         watch.lap(BEGUN)
         for epoch in range(1, spec.budget.epochs + 1):
             trial.set_user_attr(f"epoch {epoch}", asdict(report_of(work, epoch)))

@@ -60,7 +60,9 @@ def test_an_end_at_a_rung_that_was_told_stays_when_it_is_said_again(database, ma
     @contextlib.contextmanager
     def flaky(self):
         calls.append(1)
-        if len(calls) == 5:  # rung, outcome, reading it, attributes, and, after Optuna was told, the final state
+        if (
+            len(calls) == 5
+        ):  # rung, outcome, reading it, attributes, and, after Optuna was told, the final state
             raise DatabaseError("gone")
         with real(self) as connection:
             yield connection
