@@ -160,10 +160,11 @@ def bring_forward(cursor: Cursor, version: int) -> None:
 
 
 def give_back(cursor: Cursor) -> None:
-    """Take the names of workers off running trials: it is nobody's loss that they stopped.
+    """Take workers' names off running trials, and workers off the list: they were there at another time.
 
-    Attempts go on above those that were counted after the backup, so that checkpoints written from here on
-    are newer than those that lie there.
+    It is nobody's loss that they stopped; one that lives is listed again with its next beat. Attempts go on
+    above those that were counted after the backup, so that checkpoints written from here on are newer than
+    those that lie there.
     """
     cursor.execute(
         "UPDATE headsearch.trials SET worker_id = NULL, attempt = attempt + %s, "
@@ -171,3 +172,4 @@ def give_back(cursor: Cursor) -> None:
         "WHERE state IN ('running', 'paused')",
         (ATTEMPTS_SINCE,),
     )
+    cursor.execute("UPDATE headsearch.workers SET ended_at = beat_at WHERE ended_at IS NULL")

@@ -23,7 +23,7 @@ from sqlalchemy import Connection, Row, text
 
 from headsearch.errors import UnknownStudyError
 from headsearch.search import history, outcomes
-from headsearch.search.database import LOCK_CLAIM, Database, quietly, translated
+from headsearch.search.database import Database, lock_claims, quietly, translated
 from headsearch.search.history import Seen
 from headsearch.search.rungs import worthy
 from headsearch.search.sampling import distributions, make_sampler, propose
@@ -51,10 +51,7 @@ def claim(database: Database, study: Study, worker_id: str, device: str) -> Clai
     while True:
         decided: list[int] = []
         with database.begin() as connection:
-            connection.execute(
-                text("SELECT pg_advisory_xact_lock(:kind, :study_id)"),
-                {"kind": LOCK_CLAIM, "study_id": study.study_id},
-            )
+            lock_claims(connection, study.study_id)
             result = _Decision(database, connection, study, worker_id, device).make(decided)
         # Telling is safe to repeat, so it needs no lock; a claim made meanwhile stays ours.
         # A few at a time and at random, because all workers that are free have the same list.

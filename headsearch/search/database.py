@@ -11,7 +11,7 @@ from typing import Any
 import optuna
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, RDBStorage, get_storage
-from sqlalchemy import URL, Connection, Engine, create_engine, make_url
+from sqlalchemy import URL, Connection, Engine, create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError, OperationalError
 
 from headsearch.errors import DatabaseError
@@ -33,19 +33,22 @@ ENGINE_OPTIONS: dict[str, Any] = {
     "connect_args": {
         "connect_timeout": 10,
         "application_name": "headsearch",
-        "keepalives_idle": 30,
-        "keepalives_interval": 10,
-        "keepalives_count": 3,
-        "tcp_user_timeout": 60_000,
+        # A cut that is mended costs about its length again before TCP asks once more: give up sooner, and ask
+        # over a new connection.
+        "keepalives_idle": 10,
+        "keepalives_interval": 5,
+        "keepalives_count": 2,
+        "tcp_user_timeout": 10_000,
     },
 }
 SERVER_OPTIONS = (
-    "-c idle_in_transaction_session_timeout=300000 "
-    "-c tcp_keepalives_idle=30 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3"
+    "-c idle_in_transaction_session_timeout=300000 -c tcp_user_timeout=20000 "
+    "-c tcp_keepalives_idle=10 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=2"
 )
 """What the server does with a worker that stopped, or whose cable was cut, in the middle of a claim: its
-transaction, and with it the study's lock, ends. A sampler that thinks leaves the transaction idle, so
-the limit is minutes."""
+transaction, and with it the study's lock, ends. A sampler that thinks leaves the transaction idle, so that
+limit is minutes; a cut cable is noticed within about 20 s, by keepalives, or by `tcp_user_timeout` while an
+answer is on its way, when there are no keepalives."""
 
 
 def engine_options(url: URL) -> dict[str, Any]:
@@ -80,6 +83,13 @@ def translated() -> Iterator[None]:
 
 def _first_line(error: BaseException | None) -> str:
     return str(error).strip().splitlines()[0] if error and str(error).strip() else "no reason given"
+
+
+def lock_claims(connection: Connection, study_id: int) -> None:
+    """Wait until no claim of the study is under way; while the transaction lasts, none begins."""
+    connection.execute(
+        text("SELECT pg_advisory_xact_lock(:kind, :study_id)"), {"kind": LOCK_CLAIM, "study_id": study_id}
+    )
 
 
 class Database:

@@ -6,7 +6,8 @@ it with their next renewal, report or claim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from sqlalchemy import Connection, text
@@ -14,7 +15,7 @@ from sqlalchemy import Connection, text
 from headsearch import __version__
 from headsearch.errors import InputError
 from headsearch.search import outcomes, studies
-from headsearch.search.database import LOCK_CLAIM, Database
+from headsearch.search.database import Database, lock_claims
 from headsearch.search.outcomes import Outcome
 from headsearch.search.studies import Study
 
@@ -28,13 +29,10 @@ def pause(database: Database, name: str) -> Study:
         UnknownStudyError: There is no such study.
         InputError: It has ended.
     """
-    study = studies.get(database, name)
-    with database.begin() as connection:
-        _lock(connection, study)
-        if _state(connection, study) not in ("open", "paused"):
-            raise InputError(
-                f"study {name!r}: is {_state(connection, study)}; only an open one can be paused"
-            )
+    with _between_claims(database, name) as (connection, study):
+        state = _state(connection, study)
+        if state not in ("open", "paused"):
+            raise InputError(f"study {name!r}: is {state}; only an open one can be paused")
         _set_state(connection, study, "paused")
     return studies.get(database, name)
 
@@ -46,9 +44,7 @@ def resume(database: Database, name: str) -> Study:
         UnknownStudyError: There is no such study.
         InputError: It is complete.
     """
-    study = studies.get(database, name)
-    with database.begin() as connection:
-        _lock(connection, study)
+    with _between_claims(database, name) as (connection, study):
         if _state(connection, study) == "complete":
             raise InputError(
                 f"study {name!r}: is complete; failed trials can be requeued: headsearch study requeue {name}"
@@ -75,9 +71,7 @@ def requeue(
         UnknownStudyError: There is no such study.
         InputError: A trial is not there, or has not failed; nothing is requeued then.
     """
-    study = studies.get(database, name)
-    with database.begin() as connection:
-        _lock(connection, study)
+    with _between_claims(database, name) as (connection, study):
         rows = _rows(connection, study, numbers)
         if numbers:
             for row in rows:
@@ -121,9 +115,7 @@ def cancel(database: Database, name: str, numbers: Sequence[int] = ()) -> list[i
         UnknownStudyError: There is no such study.
         InputError: The study is complete, or a trial is not there or has ended.
     """
-    study = studies.get(database, name)
-    with database.begin() as connection:
-        _lock(connection, study)
+    with _between_claims(database, name) as (connection, study):
         if _state(connection, study) == "complete":
             raise InputError(f"study {name!r}: is complete; there is nothing to cancel")
         rows = _rows(connection, study, numbers)
@@ -140,8 +132,7 @@ def cancel(database: Database, name: str, numbers: Sequence[int] = ()) -> list[i
     for number in decided:
         outcomes.tell_decided(database, study, number)
     if not numbers:
-        with database.begin() as connection:
-            _lock(connection, study)
+        with _between_claims(database, name) as (connection, study):
             outcomes.fail_strays(database, connection, study)
     return [number for number in decided if number not in before]
 
@@ -152,9 +143,7 @@ def upgrade(database: Database, name: str) -> Study:
     Raises:
         UnknownStudyError: There is no such study.
     """
-    study = studies.get(database, name)
-    with database.begin() as connection:
-        _lock(connection, study)
+    with _between_claims(database, name) as (connection, study):
         connection.execute(
             text("UPDATE headsearch.studies SET version = :version WHERE study_id = :study_id"),
             {"study_id": study.study_id, "version": __version__},
@@ -176,11 +165,13 @@ def check_version(study: Study) -> None:
         )
 
 
-def _lock(connection: Connection, study: Study) -> None:
-    connection.execute(
-        text("SELECT pg_advisory_xact_lock(:kind, :study_id)"),
-        {"kind": LOCK_CLAIM, "study_id": study.study_id},
-    )
+@contextmanager
+def _between_claims(database: Database, name: str) -> Iterator[tuple[Connection, Study]]:
+    """A transaction in which no claim of the study is made, and the study."""
+    study = studies.get(database, name)
+    with database.begin() as connection:
+        lock_claims(connection, study.study_id)
+        yield connection, study
 
 
 def _state(connection: Connection, study: Study) -> str:

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Row, text
 from headsearch import __version__
 from headsearch.errors import SpecError, StudyBusyError, StudyExistsError, UnknownStudyError
 from headsearch.fields import guess
-from headsearch.search.database import LOCK_CLAIM, LOCK_CREATE, Database, quietly, translated
+from headsearch.search.database import LOCK_CREATE, Database, lock_claims, quietly, translated
 from headsearch.spec import StudySpec, differences
 
 StudyState = Literal["open", "paused", "complete", "cancelled"]
@@ -115,10 +115,7 @@ def delete(database: Database, name: str, *, force: bool = False) -> None:
     study = get(database, name)
     with database.begin() as connection:
         # A claim that is under way ends first, and none comes between the question and the deletion.
-        connection.execute(
-            text("SELECT pg_advisory_xact_lock(:kind, :study_id)"),
-            {"kind": LOCK_CLAIM, "study_id": study.study_id},
-        )
+        lock_claims(connection, study.study_id)
         busy = connection.scalars(
             text(
                 "SELECT number FROM headsearch.trials WHERE study_id = :study_id AND state = 'running' "

@@ -28,6 +28,7 @@ import psycopg2
 from headsearch.runtime.pgbinaries import Binaries, server_user, usable_binaries
 
 PREFIX = "headsearch-test"
+SHARED_MEMORY = Path("/dev/shm")
 PASSWORD = "between-namespaces"
 SETTINGS = {
     "listen_addresses": "*",
@@ -64,16 +65,25 @@ def missing() -> str | None:
     return None
 
 
+def namespaces() -> list[str]:
+    """Those of this machine that are ours, or another test run's."""
+    return [name for name in _ip("netns", "list").split() if _OURS.fullmatch(name)]
+
+
 def clear_leftovers() -> None:
     """Remove namespaces, their processes, and folders of test runs that are no more."""
-    for name in _ip("netns", "list").split():
-        match = _OURS.fullmatch(name)
-        if match and not Path("/proc", match[1]).exists():
-            _remove(name)
-    for folder in _shared_memory().glob(f"{PREFIX}-*-*"):
-        match = _OURS.fullmatch(folder.name)
-        if match and not Path("/proc", match[1]).exists():
+    for name in namespaces():
+        if _is_left(name):
+            with contextlib.suppress(subprocess.CalledProcessError):  # another run removes it
+                _remove(name)
+    for folder in SHARED_MEMORY.glob(f"{PREFIX}-*"):
+        if _is_left(folder.name):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_left(name: str) -> bool:
+    match = _OURS.fullmatch(name)
+    return match is not None and not Path("/proc", match[1]).exists()
 
 
 class Network:
@@ -159,7 +169,7 @@ class NetworkServer:
 @contextmanager
 def network_with_server(*machines: str) -> Iterator[NetworkServer]:
     """A network of `machines` and PostgreSQL, whose commits need not last."""
-    folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}-{os.getpid()}-", dir=_shared_memory()))
+    folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}-{os.getpid()}-", dir=SHARED_MEMORY))
     try:
         folder.chmod(0o755)
         with Network(*machines) as network:
@@ -245,25 +255,21 @@ class Process:
             raise AssertionError(f"still running after {seconds} s; it said:\n{self.output}") from None
 
 
-@contextmanager
-def processes(network: Network, folder: Path) -> Iterator[Processes]:
-    """Start processes inside the block; those that run at its end are killed."""
-    made = Processes(network, folder)
-    try:
-        yield made
-    finally:
-        for process in made.all:
-            process.popen.kill()
-            process.popen.wait()
-
-
 @dataclass
 class Processes:
-    """Starts processes on machines."""
+    """Starts processes on machines; those that run at the block's end are killed."""
 
     network: Network
     folder: Path
     all: list[Process] = field(default_factory=list)
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.all:
+            process.popen.kill()
+            process.popen.wait()
 
     def start(self, machine: str, command: Sequence[str | Path], env: dict[str, str]) -> Process:
         """Run `command` on `machine`."""
@@ -278,20 +284,18 @@ class Processes:
 
 
 def _remove(namespace: str) -> None:
-    """Kill what runs in a namespace of ours, then remove it with its cables."""
-    for _ in range(100):
+    """End what runs in a namespace of ours, then remove it with its cable."""
+    for attempt in range(200):
         pids = _ip("netns", "pids", namespace).split()
         if not pids:
             break
-        for pid in pids:
+        # PostgreSQL leaves shared memory behind when it has no time to end.
+        how = signal.SIGINT if attempt == 0 else signal.SIGKILL if attempt > 60 else None
+        for pid in pids if how else []:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
+                os.kill(int(pid), how)
         time.sleep(0.05)
     _ip("netns", "delete", namespace)
-
-
-def _shared_memory() -> Path:
-    return Path("/dev/shm")
 
 
 def _ip(*arguments: str) -> str:

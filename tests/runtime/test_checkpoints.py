@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from cable import Cable
 
 from headsearch.config import TrialConfig
 from headsearch.core.checkpoint import Checkpoints, encode
@@ -225,56 +226,40 @@ def test_a_writer_killed_at_any_moment_leaves_a_state(bucket: Any, forked: Any, 
         opened(generation).remove()
 
 
-class Cable:
-    """Carries bytes to a server, until `cut` is set: of the next PUT it carries only the beginning."""
+class ShortCable(Cable):
+    """Of the next PUT after `shorten` is set it carries only the beginning."""
 
     ALLOWED = 300_000
 
-    def __init__(self, port: int) -> None:
-        self._port = port
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listener.getsockname()[1]
-        self.cut, self.stuck = threading.Event(), threading.Event()
-        threading.Thread(target=self._accept, daemon=True).start()
+    def __init__(self, host: str, port: int) -> None:
+        self.shorten, self.stuck = threading.Event(), threading.Event()
+        super().__init__(host, port)
 
-    def _accept(self) -> None:
-        while True:
-            near, _ = self._listener.accept()
-            far = socket.create_connection(("127.0.0.1", self._port))
-            for source, target in ((near, far), (far, near)):
-                threading.Thread(
-                    target=self._carry, args=(source, target, source is near), daemon=True
-                ).start()
-
-    def _carry(self, source: socket.socket, target: socket.socket, upwards: bool) -> None:
+    def carry(self, source: socket.socket, *, upwards: bool) -> Iterator[bytes]:
         left: int | None = None
-        try:
-            while content := source.recv(65_536):
-                if upwards and self.cut.is_set() and content.startswith(b"PUT "):
-                    left = self.ALLOWED
-                if left is not None:
-                    content = content[:left]
-                    left -= len(content)
-                    if left == 0:
-                        self.stuck.set()
-                target.sendall(content)
-        except OSError:
-            pass
-        for end in (source, target):
-            end.close()
+        for content in super().carry(source, upwards=upwards):
+            if upwards and self.shorten.is_set() and content.startswith(b"PUT "):
+                left = self.ALLOWED
+            if left is None:
+                yield content
+                continue
+            yield content[:left]
+            left -= min(left, len(content))
+            if left == 0:
+                self.stuck.set()
 
 
 def test_a_writer_killed_in_the_middle_of_a_put_leaves_the_state_before(
     bucket: Any, forked: Any, endpoint: str
 ) -> None:
-    cable = Cable(int(endpoint.rsplit(":", 1)[1]))
+    cable = ShortCable("127.0.0.1", int(endpoint.rsplit(":", 1)[1]))
     environment = {**os.environ, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{cable.port}"}
     writer = forked.Process(target=save_for_ever, args=(environment, 1, 500_000))
     writer.start()
     until = time.monotonic() + 60
     while (epoch_of(opened().peek()) or 0) < 3:
         assert time.monotonic() < until
-    cable.cut.set()
+    cable.shorten.set()
     assert cable.stuck.wait(60)
     before = epoch_of(opened().peek())
     os.kill(writer.pid, signal.SIGKILL)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import signal
-import socket
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 
 import faults
 import pytest
+from cable import Cable
 from processes import Command
 from sqlalchemy import text
 from test_worker import TINY, curves, make, read, start, wait_for, work, world
@@ -137,9 +136,10 @@ def test_checkpoints_inside_an_epoch_bound_what_a_kill_repeats(world):
 
 
 def test_a_pause_frees_the_workers_and_resume_lets_them_go_on(world):
-    make(world, **DIMS, budget={"epochs": 60}, lease={"seconds": 3.0})
+    """However long the lease: after the pause a trial is taken up once."""
+    make(world, **DIMS, budget={"epochs": 60}, lease={"seconds": 600.0})
     worker = start()
-    wait_for(lambda: any(t.epoch >= 2 for t in read(world).trials))
+    wait_for(lambda: any(t.epoch >= 5 for t in read(world).trials))
     steering.pause(world.database, "tiny")
     wait_for(lambda: [t.state for t in read(world).trials] == ["orphaned"])
     epoch = read(world).trials[0].epoch
@@ -153,7 +153,7 @@ def test_a_pause_frees_the_workers_and_resume_lets_them_go_on(world):
     assert worker.returncode == 0, said
     assert "study tiny is paused; headsearch study resume tiny" in said
     seen = read(world)
-    assert [(t.state, t.losses) for t in seen.trials] == [("complete", 0)] * 2
+    assert [(t.state, t.losses, t.attempt) for t in seen.trials] == [("complete", 0, 2), ("complete", 0, 1)]
     assert verify(world, "tiny").clean
 
 
@@ -241,58 +241,6 @@ def test_a_disk_that_turns_read_only_is_one_line_and_the_trial_is_given_back(wor
     make(world, **DIMS, budget={"epochs": 30}, name="calm")
     work("calm")
     assert curves(world) == curves(world, "calm")
-
-
-class Cable:
-    """Between a worker and the database: a relay that can be cut, and mended."""
-
-    def __init__(self, host: str, port: int) -> None:
-        self.target = (host, port)
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self.listener.getsockname()[1]
-        self.whole = threading.Event()
-        self.whole.set()
-        self.pairs: list[tuple[socket.socket, socket.socket]] = []
-        threading.Thread(target=self.accept, daemon=True).start()
-
-    def accept(self) -> None:
-        while True:
-            try:
-                near, _ = self.listener.accept()
-            except OSError:
-                return
-            if not self.whole.is_set():
-                near.close()
-                continue
-            far = socket.create_connection(self.target)
-            self.pairs.append((near, far))
-            for source, sink in ((near, far), (far, near)):
-                threading.Thread(target=self.pump, args=(source, sink), daemon=True).start()
-
-    def pump(self, source: socket.socket, sink: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                sink.sendall(data)
-        for end in (source, sink):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-
-    def cut(self) -> None:
-        self.whole.clear()
-        for pair in self.pairs:
-            for end in pair:
-                with contextlib.suppress(OSError):
-                    end.shutdown(socket.SHUT_RDWR)
-
-    def mend(self) -> None:
-        self.whole.set()
-
-    def close(self) -> None:
-        self.cut()
-        self.listener.close()
-        for pair in self.pairs:
-            for end in pair:
-                end.close()
 
 
 @pytest.fixture

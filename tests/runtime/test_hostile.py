@@ -8,9 +8,9 @@ from typing import Any
 
 import faults
 import pytest
+from cable import Cable
 from processes import Command
-from sqlalchemy import text
-from test_endings import DIMS, Cable, cable, long_epochs, saved
+from test_endings import DIMS, cable, long_epochs, saved
 from test_worker import curves, make, read, wait_for, work, world
 
 from headsearch.home import checkpoint_folder
@@ -18,7 +18,7 @@ from headsearch.runtime.removal import delete_study
 from headsearch.runtime.signals import INTERRUPTED
 from headsearch.runtime.verifying import verify
 from headsearch.search import steering, studies
-from headsearch.search.database import LOCK_CLAIM
+from headsearch.search.database import lock_claims
 
 __all__ = ["cable", "world"]
 pytestmark = [pytest.mark.postgres, pytest.mark.slow, pytest.mark.hostile]
@@ -39,18 +39,6 @@ def begin():
     for worker in started:
         worker.send_signal(signal.SIGCONT)
         worker.kill()
-
-
-def test_a_trial_is_taken_up_once_after_a_pause_however_long_the_lease(world, begin):
-    make(world, **ONE, budget={"epochs": 100}, lease={"seconds": 600})
-    worker = begin()
-    wait_for(lambda: any(t.epoch >= 5 for t in read(world).trials))
-    steering.pause(world.database, "tiny")
-    wait_for(lambda: [t.state for t in read(world).trials] == ["orphaned"])
-    attempt = read(world).trials[0].attempt
-    steering.resume(world.database, "tiny")
-    said, _ = worker.communicate(timeout=100)
-    assert read(world).trials[0].attempt == attempt + 1, said[-1000:]
 
 
 def test_two_sigterms_end_a_worker_that_is_stuck_in_c(world, begin):
@@ -80,7 +68,7 @@ def test_one_sigterm_gives_the_trial_of_a_worker_stuck_in_c_back_in_time(world, 
 def test_sigterm_ends_a_worker_whose_claim_waits_for_a_lock(world, begin):
     study = make(world, **ONE, budget={"epochs": 2}, worker={"drain_seconds": 0})
     with world.database.begin() as holder:
-        holder.execute(text("SELECT pg_advisory_xact_lock(:k, :s)"), {"k": LOCK_CLAIM, "s": study.study_id})
+        lock_claims(holder, study.study_id)
         worker = begin()
         wait_for(lambda: "worker " in worker.said)
         time.sleep(1)

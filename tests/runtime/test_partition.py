@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import pytest
 from namespaces import (
@@ -24,23 +23,24 @@ from namespaces import (
     NetworkServer,
     Process,
     Processes,
+    clear_leftovers,
     missing,
+    namespaces,
     network_with_server,
-    processes,
 )
 from sqlalchemy import text
 
 from headsearch.runtime.session import Session, open_session
 from headsearch.search import audit, snapshot, studies, workers
 from headsearch.search.claims import Claim, claim, point_key
-from headsearch.search.database import LOCK_CLAIM
+from headsearch.search.database import lock_claims
 from headsearch.spec import StudySpec
 
 pytestmark = [pytest.mark.postgres, pytest.mark.slow, pytest.mark.hostile]
 
 SECONDS = 2.0
 """Of the lease."""
-EPOCHS = 40
+EPOCHS = 30
 TWO_TRIALS = {
     "mode": "points",
     "points": [
@@ -58,7 +58,7 @@ TWO_TRIALS = {
             "report_images": 200,
             "report_iterations": 5,
             "iterations": 1000,
-            "penalties": [1e-3, 1e-4, 1e-5],
+            "penalties": [1e-3, 1e-4],
         },
     },
 }
@@ -95,17 +95,14 @@ SLOW_TELLING = """
 IN_A_CLAIM = """
 import sys, time
 from sqlalchemy import text
-from headsearch.search.database import LOCK_CLAIM, Database
+from headsearch.search.database import Database, lock_claims
 url, study_id, where = sys.argv[1:]
 with Database(url).begin() as connection:
     connection.execute(text("SELECT 1"))
     if where == "waiting":
         print("ready", flush=True)
-    names = {"kind": LOCK_CLAIM, "study_id": int(study_id)}
-    connection.execute(text("SELECT pg_advisory_xact_lock(:kind, :study_id)"), names)
+    lock_claims(connection, int(study_id))
     print("ready", flush=True)
-    if where == "asking":
-        connection.execute(text("SELECT pg_sleep(2)"))
     time.sleep(600)
 """
 
@@ -214,7 +211,7 @@ def a_world(server: NetworkServer, home: Path) -> Iterator[World]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HEADSEARCH_DATABASE_URL", server.url)
         patch.setenv("HEADSEARCH_HOME", str(home))
-        with open_session() as session, processes(server.network, home) as started:
+        with open_session() as session, Processes(server.network, home) as started:
             try:
                 yield World(session, server, started)
             finally:
@@ -237,8 +234,8 @@ def undisturbed(server, open_folder_factory) -> dict[str, list[Any]]:
     with open_folder_factory("headsearch-calm-") as home, a_world(server, home) as world:
         world.execute(WATCH)
         world.make("calm", TWO_TRIALS, lease={"seconds": 60})
-        for process in [world.worker("a", "calm"), world.worker("b", "calm")]:
-            assert process.wait() == 0, process.output
+        worker = world.worker("a", "calm")
+        assert worker.wait() == 0, worker.output
         assert world.attempts("calm") == [1] * EPOCHS
         return world.results("calm")
 
@@ -260,7 +257,7 @@ def wait_for(condition: Callable[[], object], *running: Process, seconds: float 
 
 @pytest.mark.parametrize("how", ["cut", "unplug"])
 def test_a_cable_that_is_cut_carries_nothing(server, how):
-    """And one that is restored does: the tests below would pass without."""
+    """And one that is restored does. Without this, tests of cuts that cut nothing would pass."""
     database = server.network.address("db")
     connect = f"import socket; socket.create_connection(({database!r}, 5432), timeout=1)"
 
@@ -273,6 +270,26 @@ def test_a_cable_that_is_cut_carries_nothing(server, how):
     assert (connects("a"), connects("b")) == (False, True)
     server.network.restore("a")
     assert connects("a")
+
+
+def test_the_next_run_clears_what_a_killed_one_left(server, subprocess_env):
+    code = (
+        "import time, namespaces\n"
+        "with namespaces.network_with_server('a') as server:\n"
+        "    print(server.socket_folder, flush=True)\n"
+        "    time.sleep(600)"
+    )
+    env = subprocess_env | {"PYTHONPATH": f"{Path(__file__).parent}:{subprocess_env['PYTHONPATH']}"}
+    killed = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=env)
+    socket_folder = Path(killed.stdout.readline().strip())
+    killed.kill()
+    killed.communicate()
+    assert (socket_folder / ".s.PGSQL.5432").is_socket()
+    assert sum(f"-{killed.pid}-" in name for name in namespaces()) == 3
+    clear_leftovers()
+    assert not socket_folder.parent.exists()
+    assert not any(f"-{killed.pid}-" in name for name in namespaces())
+    assert any(f"-{os.getpid()}-" in name for name in namespaces())
 
 
 def test_a_worker_cut_off_is_fenced_and_goes_on(world, undisturbed):
@@ -363,28 +380,24 @@ def test_a_worker_cut_off_while_it_tells_tells_once(world, undisturbed):
 
 
 def test_a_worker_cut_off_in_a_claim_loses_the_studys_lock(world):
-    """While it thinks, while it waits for an answer, and when it gets the lock only after the cut.
+    """While it holds it, and where it gets it after the cut: within what `SERVER_OPTIONS` say, about 20 s.
 
-    As soon as the server's limits say, which are those of the connection. Where an answer is on its way,
-    keepalives do nothing: `tcp_user_timeout` is what ends the connection.
+    While an answer waits for its acknowledgement keepalives do nothing: `tcp_user_timeout` is what helps.
     """
     database = world.session.database
-    limits = "-c tcp_user_timeout=2000 -c tcp_keepalives_idle=1 -c tcp_keepalives_interval=1"
-    url = f"{world.server.network_url}?options={quote(limits)}"
-    held = {where: world.make(where, ONE_TRIAL) for where in ("thinking", "asking", "waiting")}
+    held = {where: world.make(where, ONE_TRIAL) for where in ("holding", "waiting")}
     with database.begin() as connection:
-        names = {"kind": LOCK_CLAIM, "study_id": held["waiting"].study_id}
-        connection.execute(text("SELECT pg_advisory_xact_lock(:kind, :study_id)"), names)
+        lock_claims(connection, held["waiting"].study_id)
         holders = [
-            world.python("a", "-c", IN_A_CLAIM, url, str(study.study_id), where)
+            world.python("a", "-c", IN_A_CLAIM, world.server.network_url, str(study.study_id), where)
             for where, study in held.items()
         ]
         wait_for(lambda: all("ready" in holder.output for holder in holders), *holders)
-        time.sleep(0.5)  # the last statements are on the server, and the first answers are acknowledged
+        time.sleep(0.5)  # the one's answer is acknowledged, the other's question is on the server
         world.network.cut("a")
+    began = time.monotonic()
     for where, study in held.items():
-        began = time.monotonic()
         worker_id = workers.register(database, study, device="cpu", threads=1)
-        taken = claim(database, study, worker_id, "cpu")
-        assert isinstance(taken, Claim), where
-        assert time.monotonic() - began < 15, where
+        assert isinstance(claim(database, study, worker_id, "cpu"), Claim), where
+        print(f"{where}: claimed {time.monotonic() - began:.1f} s after the cut")
+    assert 5 < time.monotonic() - began < 45

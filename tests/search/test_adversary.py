@@ -17,7 +17,7 @@ from toy import make_spec, outcome_of, report_of, work_off
 from headsearch.errors import DataError, HeadsearchError, LeaseLost, StorageError
 from headsearch.search import claims, history, leases, outcomes, snapshot, studies
 from headsearch.search.claims import Claim, Idle, claim
-from headsearch.search.database import Database
+from headsearch.search.database import Database, lock_claims
 from headsearch.search.outcomes import Outcome
 from headsearch.spec import StudySpec
 
@@ -199,10 +199,7 @@ def test_the_budget_is_exact_whatever_isolation_the_database_defaults_to(databas
             f"ALTER DATABASE {name} SET default_transaction_isolation = 'repeatable read'"
         )
     with database.begin() as connection:
-        connection.execute(
-            text("SELECT pg_advisory_xact_lock(:kind, :study_id)"),
-            {"kind": claims.LOCK_CLAIM, "study_id": study.study_id},
-        )
+        lock_claims(connection, study.study_id)
         threads = [beside(database, lambda own, who=who: claim(own, study, who, "cpu")) for who in "ab"]
         time.sleep(0.5)
     for thread, _ in threads:

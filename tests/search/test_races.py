@@ -244,3 +244,17 @@ def test_the_same_token_given_twice_is_still_one_workers(database, make_study):
         outcomes.finish(database, study, 0, old.attempt, outcome_of(old, 9), worker_id=old.worker_id)
     leases.report(database, study, new, report_of(new, 1))
     assert train(database, study, new) == "paused"
+
+
+def test_the_server_knows_when_to_give_a_cut_worker_up(database):
+    """In seconds, also while an answer is on its way; how long it then takes is measured in test_partition."""
+    with database.begin() as connection:
+        shown = {
+            name: connection.scalar(text(f"SHOW {name}"))
+            for name in ("tcp_user_timeout", "tcp_keepalives_idle", "idle_in_transaction_session_timeout")
+        }
+    assert shown == {
+        "tcp_user_timeout": "20000",
+        "tcp_keepalives_idle": "10",
+        "idle_in_transaction_session_timeout": "5min",
+    }
