@@ -53,7 +53,7 @@ SPACE: dict[str, Any] = {
 }
 
 
-def spec_of(trials: int, name: str = "fire", **changes: Any) -> StudySpec:
+def spec_of(trials: int, name: str, **changes: Any) -> StudySpec:
     tree: dict[str, Any] = {
         "name": name,
         "budget": {"trials": trials, "epochs": 9, "rungs": [1, 3]},
@@ -64,7 +64,7 @@ def spec_of(trials: int, name: str = "fire", **changes: Any) -> StudySpec:
     return StudySpec.model_validate(tree | changes)
 
 
-def again(spec: StudySpec, seen: Snapshot, name: str = "calm") -> StudySpec:
+def again(spec: StudySpec, seen: Snapshot, name: str) -> StudySpec:
     """The same points, trained whole."""
     return spec_of(
         1,
@@ -131,7 +131,7 @@ def burn(session: Session, spec: StudySpec, folder: Path, *, seed: int, kills: i
     try:
         while not done(session, spec.name):
             crew.fill()
-            if sum(fire.kills.values()) >= kills:
+            if fire.kills.total() >= kills:
                 time.sleep(0.2)
                 continue
             time.sleep(draw.uniform(0.3, 1.7))

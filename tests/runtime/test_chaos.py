@@ -1,6 +1,6 @@
 """Nothing is lost, told twice or different when workers and database are killed all the time.
 
-Bounded here. By hand, for a long run (about half an hour):
+Bounded here. By hand, for a long run (about a quarter of an hour):
 
     HEADSEARCH_TEST_KILLS=200 HEADSEARCH_TEST_SEED=1 pytest -s --timeout 7200 tests/runtime/test_chaos.py
 """
@@ -8,41 +8,53 @@ Bounded here. By hand, for a long run (about half an hour):
 from __future__ import annotations
 
 import os
+from itertools import count
 from pathlib import Path
 
 import chaos
 import pytest
 
-from headsearch.runtime.session import open_session
+from headsearch.runtime.session import Session, open_session
 from headsearch.runtime.verifying import verify
 from headsearch.search import snapshot, studies
 
-pytestmark = [pytest.mark.postgres, pytest.mark.slow, pytest.mark.hostile]
+pytestmark = [pytest.mark.postgres, pytest.mark.slow, pytest.mark.hostile, pytest.mark.timeout(900)]
 
 KILLS = int(os.environ.get("HEADSEARCH_TEST_KILLS", "16"))
 SEED = int(os.environ.get("HEADSEARCH_TEST_SEED", "4"))
 
 
-def test_a_study_under_fire_ends_as_one_left_in_peace(headsearch_home: Path, tmp_path: Path) -> None:
-    trials = max(12, int(0.8 * KILLS))
+def test_studies_under_fire_end_as_if_left_in_peace(headsearch_home: Path, tmp_path: Path) -> None:
+    """A fast machine may have a study complete before all kills are done: then another is set on fire."""
     with open_session() as session:
-        spec = chaos.spec_of(trials)
-        studies.create(session.database, spec)
-        fire = chaos.burn(session, spec, tmp_path, seed=SEED, kills=KILLS)
-        verdict = verify(session, spec.name)
-        seen = snapshot.read(session.database, spec.name)
-        kinds = ", ".join(f"{count} {kind}" for kind, count in fire.kills.most_common())
-        print(f"\n{sum(fire.kills.values())} kills in {fire.seconds:.0f} s: {kinds}")
-        print(
-            f"{fire.workers_started} workers, {sum(t.losses for t in seen.trials)} losses, {dict(seen.counts)}"
-        )
-        assert verdict.clean, verdict.lines()
-        assert [t.number for t in seen.trials] == list(range(trials)), "exact, none lost"
-        assert set(seen.counts) <= {"complete", "pruned"}, [t.message for t in seen.trials]
-        assert sum(fire.kills.values()) >= min(KILLS, 8)
-        ends = chaos.ends_told(tmp_path / "fire.log")
-        assert not [number for number, count in ends.items() if count > 1], "trained twice to completion"
-        undisturbed = chaos.again(spec, seen)
-        studies.create(session.database, undisturbed)
-        chaos.calm(session, undisturbed, tmp_path)
-        print("the same to the bit:", chaos.compare(session, spec.name, undisturbed.name))
+        kills = 0
+        for number in count(1):
+            kills += under_fire(
+                session, f"fire-{number}", tmp_path, seed=SEED + number - 1, kills=KILLS - kills
+            )
+            if kills >= KILLS:
+                break
+            assert number < 10, f"{kills} kills in {number} studies: the fire does not reach the workers"
+
+
+def under_fire(session: Session, name: str, folder: Path, *, seed: int, kills: int) -> int:
+    """One study under fire, and the same points trained in peace; returns how many kills there were."""
+    trials = max(12, int(1.2 * kills))
+    spec = chaos.spec_of(trials, name)
+    studies.create(session.database, spec)
+    fire = chaos.burn(session, spec, folder, seed=seed, kills=kills)
+    verdict = verify(session, name)
+    seen = snapshot.read(session.database, name)
+    kinds = ", ".join(f"{times} {kind}" for kind, times in fire.kills.most_common())
+    print(f"\n{name}: {fire.kills.total()} kills in {fire.seconds:.0f} s: {kinds}")
+    print(f"{fire.workers_started} workers, {sum(t.losses for t in seen.trials)} losses, {dict(seen.counts)}")
+    assert verdict.clean, verdict.lines()
+    assert [t.number for t in seen.trials] == list(range(trials)), "exact, none lost"
+    assert set(seen.counts) <= {"complete", "pruned"}, [t.message for t in seen.trials]
+    ends = chaos.ends_told(folder / f"{name}.log")
+    assert not [number for number, times in ends.items() if times > 1], "trained twice to completion"
+    undisturbed = chaos.again(spec, seen, f"{name}-calm")
+    studies.create(session.database, undisturbed)
+    chaos.calm(session, undisturbed, folder)
+    print("the same to the bit:", chaos.compare(session, name, undisturbed.name))
+    return fire.kills.total()
