@@ -2,7 +2,7 @@
 
 Bounded here. By hand, for a long run (about a quarter of an hour):
 
-    HEADSEARCH_TEST_KILLS=200 HEADSEARCH_TEST_SEED=1 pytest -s --timeout 7200 tests/runtime/test_chaos.py
+    HEADSEARCH_TEST_KILLS=200 HEADSEARCH_TEST_SEED=1 pytest -s tests/runtime/test_chaos.py
 """
 
 from __future__ import annotations
@@ -18,10 +18,15 @@ from headsearch.runtime.session import Session, open_session
 from headsearch.runtime.verifying import verify
 from headsearch.search import snapshot, studies
 
-pytestmark = [pytest.mark.postgres, pytest.mark.slow, pytest.mark.hostile, pytest.mark.timeout(900)]
-
 KILLS = int(os.environ.get("HEADSEARCH_TEST_KILLS", "16"))
 SEED = int(os.environ.get("HEADSEARCH_TEST_SEED", "4"))
+
+pytestmark = [
+    pytest.mark.postgres,
+    pytest.mark.slow,
+    pytest.mark.hostile,
+    pytest.mark.timeout(600 + 30 * KILLS),
+]
 
 
 def test_studies_under_fire_end_as_if_left_in_peace(headsearch_home: Path, tmp_path: Path) -> None:
