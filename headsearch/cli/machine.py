@@ -72,14 +72,26 @@ def dashboard(
         )
 
 
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    worker: Annotated[
+        str | None,
+        typer.Option("--worker", metavar="NAME", help="Look also at what a worker on this study needs."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Say what this machine has, and how to get the rest.
 
+    With --worker also whether it can join a study: database, connections, checkpoints, images.
     Exit 1 if something that headsearch needs is broken.
     """
+    from headsearch.runtime.bundled import study_name
     from headsearch.runtime.doctor import examine
 
     findings = examine()
+    if worker is not None:
+        from headsearch.runtime.joining import examine_joining
+
+        findings += examine_joining(study_name(worker))
     if as_json:
         emit([vars(finding) for finding in findings])
     else:

@@ -25,12 +25,17 @@ def check(spec: StudySpec, home: Path) -> list[str]:
         SpecError: A batch is larger than the training split.
         StorageError: The cache cannot be written.
     """
+    return [note for data, batch in data_sets(spec).items() for note in check_data(data, batch, home)]
+
+
+def data_sets(spec: StudySpec) -> dict[DataConfig, int]:
+    """What the study's trials load, and the largest batch of each."""
     sets: dict[DataConfig, int] = {}
     for config in _configs(spec):
         # Normalisation is done on the device and changes nothing that is loaded.
         data = config.data.model_copy(update={"normalization": "none"})
         sets[data] = max(sets.get(data, 0), config.training.batch_size)
-    return [note for data, batch in sets.items() for note in check_data(data, batch, home)]
+    return sets
 
 
 def check_data(data: DataConfig, batch_size: int, home: Path) -> list[str]:
