@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
@@ -23,7 +24,7 @@ from sqlalchemy import Connection, Row, text
 
 from headsearch.errors import UnknownStudyError
 from headsearch.search import history, outcomes
-from headsearch.search.database import Database, lock_claims, quietly, translated
+from headsearch.search.database import Database, quietly, translated, try_lock_claims
 from headsearch.search.history import Seen
 from headsearch.search.rungs import worthy
 from headsearch.search.sampling import distributions, make_sampler, propose
@@ -37,6 +38,9 @@ MODEL_NEEDS_COMPLETE = 4
 """Complete trials before a sampler models: Optuna's TPE treats all others as bad, so with fewer it
 would know only what to avoid."""
 
+FIRST_TURN_SECONDS, LONGEST_TURN_SECONDS = 0.01, 0.2
+"""Between two tries at a claim while others decide theirs."""
+
 TOLD_AT_ONCE = 8
 """Outcomes that one claim tells before it decides again; others who are free tell the rest."""
 
@@ -44,15 +48,24 @@ TOLD_AT_ONCE = 8
 def claim(database: Database, study: Study, worker_id: str, device: str) -> Claim | Idle:
     """Take the next piece of work for `worker_id`.
 
+    While another claim is decided it asks again and again and holds no connection meanwhile: Optuna's part
+    of a claim needs a second one, and behind a pooler none would be free if all others waited on theirs.
+
     Raises:
         UnknownStudyError: The study was deleted.
         DatabaseError: Not reachable; nothing was taken, or what was taken will be an orphan.
     """
+    turn = FIRST_TURN_SECONDS
     while True:
         decided: list[int] = []
         with database.begin() as connection:
-            lock_claims(connection, study.study_id)
-            result = _Decision(database, connection, study, worker_id, device).make(decided)
+            ours = try_lock_claims(connection, study.study_id)
+            if ours:
+                result = _Decision(database, connection, study, worker_id, device).make(decided)
+        if not ours:
+            time.sleep(turn * random.uniform(0.5, 1.5))
+            turn = min(1.5 * turn, LONGEST_TURN_SECONDS)
+            continue
         # Telling is safe to repeat, so it needs no lock; a claim made meanwhile stays ours.
         # A few at a time and at random, because all workers that are free have the same list.
         for number in random.sample(decided, min(len(decided), TOLD_AT_ONCE)):

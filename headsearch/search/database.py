@@ -94,6 +94,14 @@ def lock_claims(connection: Connection, study_id: int) -> None:
     )
 
 
+def try_lock_claims(connection: Connection, study_id: int) -> bool:
+    """Like `lock_claims` where nobody has the lock or waits for it; else false, at once."""
+    found = connection.scalar(
+        text("SELECT pg_try_advisory_xact_lock(:kind, :study_id)"), {"kind": LOCK_CLAIM, "study_id": study_id}
+    )
+    return bool(found)
+
+
 class Database:
     """Connections of one process. Make it after a fork, not before."""
 

@@ -1,16 +1,24 @@
-"""Sixty-four workers on one PostgreSQL as it comes, with its hundred connections."""
+"""Crowds of workers: on one PostgreSQL as it comes, with its hundred connections, and behind a pooler."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import socket
+import subprocess
 import threading
+from contextlib import contextmanager
+from urllib.parse import urlsplit
 
 import psycopg2
 import pytest
+from embedded import query, wait_until
 from processes import Command
 
 from headsearch.home import postgres_folder
 from headsearch.runtime import pglaunch
 from headsearch.runtime.database import libpq_url
+from headsearch.runtime.pgbinaries import server_user
 from headsearch.runtime.postgres import EmbeddedServer
 from headsearch.runtime.session import open_session
 from headsearch.runtime.verifying import verify
@@ -19,7 +27,6 @@ from headsearch.spec import StudySpec
 
 pytestmark = [pytest.mark.postgres, pytest.mark.slow, pytest.mark.hostile, pytest.mark.timeout(900)]
 
-WORKERS = 64
 TRIALS = 96
 DEFAULT_CONNECTIONS = 100
 RESERVED = 3
@@ -46,8 +53,8 @@ class Counter(threading.Thread):
     def __init__(self, url: str) -> None:
         super().__init__(daemon=True)
         self.url, self.ended = url, threading.Event()
-        self.counts: list[int] = []
-        self.backends: list[int] = []
+        self.ours: list[int] = []
+        self.all: list[int] = []
 
     def run(self) -> None:
         connection = psycopg2.connect(libpq_url(self.url))
@@ -59,40 +66,101 @@ class Counter(threading.Thread):
                 "FROM pg_stat_activity WHERE backend_type = 'client backend'"
             )
             ours, all_of_them = cursor.fetchone()
-            self.counts.append(ours)
-            self.backends.append(all_of_them)
+            self.ours.append(ours)
+            self.all.append(all_of_them)
         connection.close()
 
 
-def test_sixty_four_workers_fit_into_the_default_connections(headsearch_home, monkeypatch):
-    monkeypatch.setitem(pglaunch._SETTINGS, "max_connections", str(DEFAULT_CONNECTIONS))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    server = EmbeddedServer(postgres_folder(headsearch_home))
-    with server.attach() as handle, open_session() as session:
-        study, _ = studies.create(session.database, StudySpec.model_validate(SPEC))
-        counter = Counter(handle.url("owner"))
-        counter.start()
-        crowd = [Command("worker", "--study", "crowd", "--threads", "1") for _ in range(WORKERS)]
-        said = [process.communicate(timeout=800)[0] for process in crowd]
-        counter.ended.set()
-        counter.join(10)
-        seen = snapshot.read(session.database, "crowd")
-        verdict = verify(session, "crowd")
-        with session.database.begin() as connection:
-            most = int(connection.exec_driver_sql("SHOW max_connections").scalar())
-            workers = connection.exec_driver_sql("SELECT count(*) FROM headsearch.workers").scalar()
+@contextmanager
+def counted(handle, session, workers):
+    """Start workers, wait for them, see that they did what they should; gives the largest counts."""
+    studies.create(session.database, StudySpec.model_validate(SPEC))
+    counter = Counter(handle.url("owner"))
+    counter.start()
+    crowd = [Command("worker", "--study", "crowd", "--threads", "1") for _ in range(workers)]
+    said = [process.communicate(timeout=800)[0] for process in crowd]
+    counter.ended.set()
+    counter.join(10)
+    seen = snapshot.read(session.database, "crowd")
+    verdict = verify(session, "crowd")
+    with session.database.begin() as connection:
+        registered = connection.exec_driver_sql("SELECT count(*) FROM headsearch.workers").scalar()
     print(
-        f"\n{WORKERS} workers, {TRIALS} trials: at most {max(counter.counts)} connections of ours, "
-        f"{max(counter.backends)} of all, of {most}; {dict(seen.counts)}"
+        f"\n{workers} workers, {TRIALS} trials: at most {max(counter.ours)} connections of workers, "
+        f"{max(counter.all)} of all; {dict(seen.counts)}"
     )
-    assert most == DEFAULT_CONNECTIONS
-    assert [process.returncode for process in crowd] == [0] * WORKERS, [
+    assert [process.returncode for process in crowd] == [0] * workers, [
         lines[-300:] for lines, process in zip(said, crowd, strict=True) if process.returncode
     ]
-    assert workers == WORKERS
+    assert registered == workers
     assert [line for lines in said for line in lines.splitlines() if "database" in line] == []
-    assert max(counter.counts) >= WORKERS, "they were never there together"
-    assert max(counter.backends) <= DEFAULT_CONNECTIONS - RESERVED
     assert verdict.clean, verdict.lines()
-    assert [trial.number for trial in seen.trials] == list(range(study.spec.trials))
+    assert [trial.number for trial in seen.trials] == list(range(TRIALS))
     assert set(seen.counts) <= {"complete", "pruned"}
+    yield counter
+
+
+@pytest.fixture
+def server(headsearch_home, monkeypatch):
+    """With as many connections as PostgreSQL has by default."""
+    monkeypatch.setitem(pglaunch._SETTINGS, "max_connections", str(DEFAULT_CONNECTIONS))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with EmbeddedServer(postgres_folder(headsearch_home)).attach() as handle:
+        assert query(handle.url("owner"), "SHOW max_connections") == [(str(DEFAULT_CONNECTIONS),)]
+        yield handle
+
+
+def test_sixty_four_workers_fit_into_the_default_connections(server):
+    with open_session() as session, counted(server, session, 64) as counter:
+        assert max(counter.ours) >= 64, "they were never there together"
+        assert max(counter.all) <= DEFAULT_CONNECTIONS - RESERVED
+
+
+@contextmanager
+def pooler(url, folder, size):
+    """PgBouncer as the README has it, with `size` connections to the server; gives its URL."""
+    program = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin")
+    if program is None:
+        pytest.skip("no PgBouncer")
+    parts = urlsplit(url)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    folder.mkdir(mode=0o755)
+    (folder / "users").write_text(f'"{parts.username}" "{parts.password}"\n')
+    (folder / "settings").write_text(
+        f"[databases]\n* = host=127.0.0.1 port={parts.port}\n[pgbouncer]\n"
+        f"listen_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n"
+        f"auth_type = scram-sha-256\nauth_file = {folder}/users\n"
+        "pool_mode = transaction\nignore_startup_parameters = options\n"
+        f"max_client_conn = 500\ndefault_pool_size = {size}\n"
+    )
+    user = server_user(folder)
+    for path in (folder, folder / "users", folder / "settings"):
+        os.chown(path, user.uid, user.gid)
+    process = subprocess.Popen(
+        [program, "-q", str(folder / "settings")],
+        user=user.uid, group=user.gid, extra_groups=[], stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    through = parts._replace(netloc=f"{parts.username}:{parts.password}@127.0.0.1:{port}").geturl()
+    try:
+        wait_until(lambda: answers(through, process))
+        yield through
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def answers(url, process):
+    assert process.poll() is None, "PgBouncer ended"
+    try:
+        return query(url, "SELECT 1") == [(1,)]
+    except psycopg2.OperationalError:
+        return False
+
+
+def test_thirty_two_workers_behind_a_pooler_of_three(server, headsearch_home, monkeypatch):
+    """While 31 wait for their turn to claim, the one that claims gets its second connection."""
+    with pooler(server.url("owner"), headsearch_home / "pooler", 3) as url:
+        monkeypatch.setenv("HEADSEARCH_DATABASE_URL", url)
+        with open_session() as session, counted(server, session, 32) as counter:
+            assert max(counter.all) <= 3 + 1, "the counter has one of its own"
