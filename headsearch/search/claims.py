@@ -24,7 +24,7 @@ from sqlalchemy import Connection, Row, text
 
 from headsearch.errors import UnknownStudyError
 from headsearch.search import history, outcomes
-from headsearch.search.database import Database, quietly, translated, try_lock_claims
+from headsearch.search.database import Database, lock_claims, quietly, translated
 from headsearch.search.history import Seen
 from headsearch.search.rungs import worthy
 from headsearch.search.sampling import distributions, make_sampler, propose
@@ -48,18 +48,18 @@ TOLD_AT_ONCE = 8
 def claim(database: Database, study: Study, worker_id: str, device: str) -> Claim | Idle:
     """Take the next piece of work for `worker_id`.
 
-    While another claim is decided it asks again and again and holds no connection meanwhile: Optuna's part
-    of a claim needs a second one, and behind a pooler none would be free if all others waited on theirs.
+    Others wait for the lock in line. Behind a pooler they ask again and again instead, and hold no connection
+    meanwhile: Optuna's part of a claim needs a second one, and none would be free if all waited on theirs.
 
     Raises:
         UnknownStudyError: The study was deleted.
         DatabaseError: Not reachable; nothing was taken, or what was taken will be an orphan.
     """
-    turn = FIRST_TURN_SECONDS
+    in_line, turn = database.direct, FIRST_TURN_SECONDS
     while True:
         decided: list[int] = []
         with database.begin() as connection:
-            ours = try_lock_claims(connection, study.study_id)
+            ours = lock_claims(connection, study.study_id, wait=in_line)
             if ours:
                 result = _Decision(database, connection, study, worker_id, device).make(decided)
         if not ours:

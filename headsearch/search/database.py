@@ -45,12 +45,13 @@ ENGINE_OPTIONS: dict[str, Any] = {
 }
 SERVER_OPTIONS = (
     "-c idle_in_transaction_session_timeout=300000 -c tcp_user_timeout=20000 "
-    "-c tcp_keepalives_idle=10 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=2"
+    "-c tcp_keepalives_idle=10 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=2 -c headsearch.direct=on"
 )
 """What the server does with a worker that stopped, or whose cable was cut, in the middle of a claim: its
 transaction, and with it the study's lock, ends. A sampler that thinks leaves the transaction idle, so that
 limit is minutes; a cut cable is noticed within about 20 s, by keepalives, or by `tcp_user_timeout` while an
-answer is on its way, when there are no keepalives."""
+answer is on its way, when there are no keepalives. A pooler drops these options; `headsearch.direct` is there
+to see whether they arrived."""
 
 
 def engine_options(url: URL) -> dict[str, Any]:
@@ -69,37 +70,40 @@ def quietly() -> Iterator[None]:
         yield
 
 
+_PASSING = (OperationalError, InterfaceError, InternalError)
+"""What comes of a database that is away, and passes."""
+
+
 @contextlib.contextmanager
 def translated() -> Iterator[None]:
     """Turn what drivers and Optuna raise into a DatabaseError of one line, without the password."""
     try:
         yield
-    except (OperationalError, InterfaceError, InternalError) as error:
+    except _PASSING as error:
         raise DatabaseError(f"the database does not answer: {_first_line(error.orig)}") from error
     except DBAPIError as error:
         line = f"the database refused a statement: {_first_line(error.orig)}"
         raise DatabaseError(line, transient=False) from error
     except optuna.exceptions.StorageInternalError as error:
-        raise DatabaseError(f"Optuna's storage failed: {_first_line(error.__cause__)}") from error
+        cause = error.__cause__
+        transient = not isinstance(cause, DBAPIError) or isinstance(cause, _PASSING)
+        raise DatabaseError(f"Optuna's storage failed: {_first_line(cause)}", transient=transient) from error
 
 
 def _first_line(error: BaseException | None) -> str:
     return str(error).strip().splitlines()[0] if error and str(error).strip() else "no reason given"
 
 
-def lock_claims(connection: Connection, study_id: int) -> None:
-    """Wait until no claim of the study is under way; while the transaction lasts, none begins."""
-    connection.execute(
-        text("SELECT pg_advisory_xact_lock(:kind, :study_id)"), {"kind": LOCK_CLAIM, "study_id": study_id}
-    )
+def lock_claims(connection: Connection, study_id: int, *, wait: bool = True) -> bool:
+    """Wait until no claim of the study is under way; while the transaction lasts, none begins.
 
-
-def try_lock_claims(connection: Connection, study_id: int) -> bool:
-    """Like `lock_claims` where nobody has the lock or waits for it; else false, at once."""
+    Without `wait` it is false, at once, where one is under way or somebody waits.
+    """
+    kind = "pg_advisory_xact_lock" if wait else "pg_try_advisory_xact_lock"
     found = connection.scalar(
-        text("SELECT pg_try_advisory_xact_lock(:kind, :study_id)"), {"kind": LOCK_CLAIM, "study_id": study_id}
+        text(f"SELECT {kind}(:kind, :study_id)"), {"kind": LOCK_CLAIM, "study_id": study_id}
     )
-    return bool(found)
+    return wait or bool(found)
 
 
 class Database:
@@ -141,6 +145,13 @@ class Database:
         """Optuna's view of a study; the sampler is set by whoever proposes."""
         with quietly(), translated():
             return optuna.load_study(study_name=name, storage=self.storage, sampler=_NO_SAMPLER)
+
+    @functools.cached_property
+    def direct(self) -> bool:
+        """No pooler stands between us and the server."""
+        with self.begin() as connection:
+            found = connection.scalar(text("SELECT current_setting('headsearch.direct', true)"))
+        return bool(found == "on")
 
     def rest(self) -> None:
         """Close what only Optuna needs; it connects again when it is asked the next time."""
