@@ -9,6 +9,7 @@ checkpoint before, so whoever takes the trial up says what was not stored.
 from __future__ import annotations
 
 import contextlib
+import random
 import threading
 import time
 from collections import deque
@@ -37,6 +38,7 @@ class LeaseKeeper:
         self, session: Session, study: Study, worker_id: str, say: Callable[[str], None] = lambda _: None
     ) -> None:
         self._session, self._study, self._worker_id = session, study, worker_id
+        self._database = session.database.brief()
         self._say = unbreakable(say)
         self._claim: Claim | None = None
         self._queue: deque[Report] = deque()
@@ -118,7 +120,8 @@ class LeaseKeeper:
 
     def _run(self) -> None:
         interval = self._study.spec.lease.seconds / BEATS_PER_LEASE
-        beat_at, wait = time.monotonic() + interval, 0.0
+        # Workers that are started together do not speak all at once.
+        beat_at, wait = time.monotonic() + interval * random.Random().uniform(0.5, 1.0), 0.0
         while True:
             with self._changed:
                 now = time.monotonic()
@@ -131,14 +134,14 @@ class LeaseKeeper:
                 claim, report = self._claim, self._queue[0] if self._queue else None
             try:
                 if claim is not None and report is not None:
-                    self.study_state = leases.report(self._session.database, self._study, claim, report)
+                    self.study_state = leases.report(self._database, self._study, claim, report)
                     with self._changed:
                         if self._queue and self._queue[0] is report:
                             self._queue.popleft()
                 elif time.monotonic() >= beat_at or self._away_since is not None:
-                    workers.beat(self._session.database, self._worker_id)
+                    workers.beat(self._database, self._worker_id)
                     if claim is not None and not self.lost.is_set():
-                        self.study_state = leases.renew(self._session.database, self._study, claim)
+                        self.study_state = leases.renew(self._database, self._study, claim)
                     beat_at = time.monotonic() + interval
                 self._answered()
             except LeaseLost as error:

@@ -177,7 +177,6 @@ class _Worker:
                 break
             with self.keeper.holding(work), self.watch.looking(partial(self.ends.escape, work)):
                 self._train(work)
-                self.session.database.rest()
         return WorkerResult(self.ends.ended, self.ends.failed, self.drain.is_set())
 
     def _claim(self) -> Claim | Idle:
@@ -188,8 +187,6 @@ class _Worker:
         except UnknownStudyError:
             forget_all(self.session, self.study)
             raise
-        finally:
-            self.session.database.rest()
         return found
 
     def _close(self, *, publishing: bool) -> None:

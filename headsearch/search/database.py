@@ -13,6 +13,7 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, RDBStorage, get_storage
 from sqlalchemy import URL, Connection, Engine, create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError, OperationalError
+from sqlalchemy.pool import NullPool
 
 from headsearch.errors import DatabaseError
 from headsearch.search.history import History
@@ -23,9 +24,10 @@ LOCK_CLAIM = 0x6865
 """Advisory lock keys: one for the schema, one for creating studies, and a class whose second key is
 the study, for claims."""
 
-# A worker keeps one connection, which its loop and its lease thread share: they seldom speak at once. Optuna
-# has another while a trial is claimed or ended, which `rest` closes. So N workers take N connections, and not
-# twice as many, of the hundred that a server has by default.
+# A worker keeps one connection, which Optuna's storage shares; only inside a claim are there two. The lease
+# thread opens one for each thing that it says (`brief`), or every worker that waits in line for a claim would
+# keep a second. So N workers take N connections, and not twice as many, of the hundred that a server has by
+# default.
 ENGINE_OPTIONS: dict[str, Any] = {
     "pool_size": 1,
     "max_overflow": 3,
@@ -109,11 +111,15 @@ def lock_claims(connection: Connection, study_id: int, *, wait: bool = True) -> 
 class Database:
     """Connections of one process. Make it after a fork, not before."""
 
-    def __init__(self, url: str) -> None:
-        """`url` is a SQLAlchemy URL of a PostgreSQL database."""
+    def __init__(self, url: str, *, brief: bool = False) -> None:
+        """`url` is a SQLAlchemy URL of a PostgreSQL database; `brief` closes connections after each use."""
         address = make_url(url).set(drivername="postgresql+psycopg2")
         self.url = address.render_as_string(hide_password=False)
         self.options = engine_options(address)
+        if brief:
+            pool = {name: value for name, value in self.options.items() if not name.startswith("pool_")}
+            del pool["max_overflow"]
+            self.options = pool | {"poolclass": NullPool}
         self.engine: Engine = create_engine(self.url, **self.options)
         self._memories: dict[int, History] = {}
         self._plain: RDBStorage | None = None
@@ -134,7 +140,7 @@ class Database:
         with quietly(), translated():
             plain = RDBStorage(
                 self.url,
-                engine_kwargs=self.options,
+                engine_kwargs={"pool": self.engine.pool},
                 skip_compatibility_check=True,
                 skip_table_creation=True,
             )
@@ -153,10 +159,9 @@ class Database:
             found = connection.scalar(text("SELECT current_setting('headsearch.direct', true)"))
         return bool(found == "on")
 
-    def rest(self) -> None:
-        """Close what only Optuna needs; it connects again when it is asked the next time."""
-        if self._plain is not None:
-            self._plain.engine.dispose()
+    def brief(self) -> Database:
+        """The same database, connected to only while something is said."""
+        return Database(self.url, brief=True)
 
     def memory(self, study_id: int) -> History:
         """What this process remembers of a study's trials."""

@@ -79,7 +79,6 @@ def headsearch_worker(index: int, url: str, name: str) -> Stopwatch:
     watch = Stopwatch()
     while True:
         work = claim(database, study, worker_id, "none")
-        database.rest()
         watch.lap(f"ask {work.origin if isinstance(work, Claim) else work.name.lower()}")
         if work in (Idle.COMPLETED, Idle.DONE):
             break
@@ -98,7 +97,6 @@ def headsearch_worker(index: int, url: str, name: str) -> Stopwatch:
             watch.lap("arrive")
         else:
             outcomes.finish(database, study, work.number, work.attempt, outcome_of(work, epochs))
-            database.rest()
             watch.lap("tell")
     watch.stop()
     workers.leave(database, worker_id)
