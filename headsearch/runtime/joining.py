@@ -8,12 +8,8 @@ are the same is seen by their fingerprint.
 from __future__ import annotations
 
 import socket
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-
-from sqlalchemy import text
 
 from headsearch.core.images import load_images
 from headsearch.errors import DataError, HeadsearchError, InputError, SpecError
@@ -22,7 +18,7 @@ from headsearch.runtime import preflight
 from headsearch.runtime.checkpoints import check_store, open_checkpoints
 from headsearch.runtime.doctor import Finding
 from headsearch.runtime.session import Session, open_session
-from headsearch.search import snapshot, steering
+from headsearch.search import connections, snapshot, steering
 from headsearch.search.audit import audit
 from headsearch.search.snapshot import Snapshot
 
@@ -55,13 +51,7 @@ def examine_joining(name: str) -> Iterator[Finding]:
 
 
 def _database(session: Session, _: Snapshot) -> Iterator[Finding]:
-    took = []
-    with session.database.begin() as connection:
-        for _round in range(5):
-            began = time.perf_counter()
-            connection.execute(text("SELECT 1"))
-            took.append(1000 * (time.perf_counter() - began))
-    milliseconds = statistics.median(took)
+    milliseconds = 1000 * connections.answer_seconds(session.database)
     answer = f"{session.address.redacted} answers in {milliseconds:.1f} ms"
     if session.address.embedded:
         yield Finding(
@@ -77,18 +67,7 @@ def _database(session: Session, _: Snapshot) -> Iterator[Finding]:
 
 
 def _connections(session: Session, _: Snapshot) -> Iterator[Finding]:
-    with session.database.begin() as connection:
-        most, used = connection.execute(
-            text(
-                """
-                SELECT CAST(current_setting('max_connections') AS integer)
-                       - CAST(current_setting('superuser_reserved_connections') AS integer)
-                       - coalesce(CAST(current_setting('reserved_connections', true) AS integer), 0),
-                       (SELECT sum(numbackends) FROM pg_stat_database)
-                """
-            )
-        ).one()
-    free = int(most - used)
+    free, most = connections.free_connections(session.database)
     line = f"{free} of {most} connections are free; a worker holds one, and a second while it claims"
     if free < FEW_CONNECTIONS:
         yield Finding("connections", "note", line, "raise max_connections, or put a pooler in between")

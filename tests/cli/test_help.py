@@ -102,7 +102,7 @@ def test_the_options_are_these() -> None:
         "worker": ["--count", "--device", "--study", "--threads"],
         "train": ["--device", "--json", "--seed", "--set", "--threads"],
         "dashboard": ["--auth-file", "--host", "--port", "--writable"],
-        "doctor": ["--json"],
+        "doctor": ["--json", "--worker"],
         "heads": ["--encoder", "--json", "--markdown"],
         "study verify": ["--json"],
         "study compare": ["--csv", "--json", "--markdown"],
