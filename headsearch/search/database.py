@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import optuna
+import psycopg2
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, RDBStorage, get_storage
 from sqlalchemy import URL, Connection, Engine, create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError, OperationalError
 
-from headsearch.errors import DatabaseError
+from headsearch.errors import AccessError, DatabaseError, InputError
+from headsearch.passwords import PASSWORD_VARIABLE, read_password
 from headsearch.search.history import History
 
 LOCK_SCHEMA = 0x6865_6164
@@ -51,11 +54,34 @@ limit is minutes; a cut cable is noticed within about 20 s, by keepalives, or by
 answer is on its way, when there are no keepalives."""
 
 
-def engine_options(url: URL) -> dict[str, Any]:
+def engine_options(url: URL, password_file: Path | None = None) -> dict[str, Any]:
     """Options of an engine on `url`, which keeps the server options that it names itself."""
     given = url.query.get("options", "")
     options = f"{SERVER_OPTIONS} {given if isinstance(given, str) else ' '.join(given)}".strip()
-    return ENGINE_OPTIONS | {"connect_args": ENGINE_OPTIONS["connect_args"] | {"options": options}}
+    arguments = ENGINE_OPTIONS["connect_args"] | {"options": options}
+    return ENGINE_OPTIONS | with_password_of(url, arguments, password_file)
+
+
+def with_password_of(url: URL, arguments: dict[str, Any], password_file: Path | None) -> dict[str, Any]:
+    """Options of an engine that connects to `url` with psycopg2's `arguments`, and a file's password.
+
+    The file is read for each connection, so that a password that changes stops nobody.
+    """
+    if password_file is None:
+        return {"connect_args": arguments}
+    file = password_file
+    named: dict[str, Any] = {**url.translate_connect_args(database="dbname", username="user"), **url.query}
+
+    def connect() -> Any:
+        try:
+            password = read_password(file, PASSWORD_VARIABLE)
+        except InputError as error:
+            # Perhaps it is being replaced: to our callers the database is away.
+            raise psycopg2.OperationalError(str(error)) from None
+        return psycopg2.connect(**{**named, **arguments, "password": password})
+
+    creator: Callable[[], Any] = connect
+    return {"creator": creator}
 
 
 @contextlib.contextmanager
@@ -69,16 +95,32 @@ def quietly() -> Iterator[None]:
 
 @contextlib.contextmanager
 def translated() -> Iterator[None]:
-    """Turn what drivers and Optuna raise into a DatabaseError of one line, without the password."""
+    """Turn what drivers and Optuna raise into a DatabaseError of one line, without the password.
+
+    Raises AccessError for what the role may not do.
+    """
     try:
         yield
     except (OperationalError, InterfaceError, InternalError) as error:
         raise DatabaseError(f"the database does not answer: {_first_line(error.orig)}") from error
     except DBAPIError as error:
+        _refused(error)
         line = f"the database refused a statement: {_first_line(error.orig)}"
         raise DatabaseError(line, transient=False) from error
     except optuna.exceptions.StorageInternalError as error:
+        _refused(error.__cause__)
         raise DatabaseError(f"Optuna's storage failed: {_first_line(error.__cause__)}") from error
+
+
+def _refused(error: BaseException | None) -> None:
+    """Raise AccessError if that is what the database's refusal means."""
+    said = getattr(error, "orig", None)
+    if getattr(said, "pgcode", None) in ("42501", "25006"):
+        connection = getattr(getattr(said, "cursor", None), "connection", None)
+        role = f"role {connection.info.user}" if connection is not None else "the URL's role"
+        raise AccessError(
+            f"{role} may not do this ({_first_line(said)}): the database's owner may"
+        ) from error
 
 
 def _first_line(error: BaseException | None) -> str:
@@ -95,11 +137,11 @@ def lock_claims(connection: Connection, study_id: int) -> None:
 class Database:
     """Connections of one process. Make it after a fork, not before."""
 
-    def __init__(self, url: str) -> None:
-        """`url` is a SQLAlchemy URL of a PostgreSQL database."""
+    def __init__(self, url: str, password_file: Path | None = None) -> None:
+        """`url` is a SQLAlchemy URL of a PostgreSQL database; `password_file` holds its password."""
         address = make_url(url).set(drivername="postgresql+psycopg2")
         self.url = address.render_as_string(hide_password=False)
-        self.options = engine_options(address)
+        self.options = engine_options(address, password_file)
         self.engine: Engine = create_engine(self.url, **self.options)
         self._memories: dict[int, History] = {}
 
