@@ -211,6 +211,28 @@ def check(url: str, *, timeout: int = _CONNECT_SECONDS) -> None:
         )
 
 
+def may_write(url: str) -> bool:
+    """Whether the role of `url` may write what optuna-dashboard does; before there are tables, make them.
+
+    Raises DatabaseError when the database does not answer.
+    """
+    try:
+        connection = psycopg2.connect(libpq_url(url), connect_timeout=_CONNECT_SECONDS)
+    except psycopg2.OperationalError as error:
+        raise DatabaseError(_explain(str(error), url)) from None
+    try:
+        with connection.cursor() as cursor:
+            cursor.execute(
+                "SELECT current_setting('transaction_read_only') = 'off' AND "
+                "CASE WHEN to_regclass('public.study_system_attributes') IS NULL "
+                "THEN has_schema_privilege('public', 'CREATE') ELSE has_table_privilege("
+                "to_regclass('public.study_system_attributes'), 'INSERT') END"
+            )
+            return bool(cursor.fetchone()[0])
+    finally:
+        connection.close()
+
+
 def _explain(message: str, url: str) -> str:
     """Put psycopg2's message about `url` in one line that says what to do."""
     parts = urlsplit(url)

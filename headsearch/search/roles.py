@@ -45,8 +45,8 @@ WORKER_MAY: dict[str, tuple[str, ...]] = {
     "headsearch.trials": (
         "SELECT",
         "INSERT",
-        "UPDATE (state, rung, epoch, attempt, losses, worker_id, device, lease_until, outcome, finished_at, history)",
-        "UPDATE (projection_dim, head_parameters)",
+        "UPDATE (state, rung, epoch, attempt, worker_id, device, lease_until, losses, history)",
+        "UPDATE (projection_dim, head_parameters, outcome, finished_at)",
     ),
     "headsearch.reports": ("SELECT", "INSERT"),
     "headsearch.workers": ("SELECT", "INSERT", "UPDATE (beat_at, ended_at)"),
@@ -59,29 +59,28 @@ CREATE_LARGE_OBJECTS = ("lo_creat(integer)", "lo_create(oid)", "lo_from_bytea(oi
 
 def _granting(role: str, may: dict[str, tuple[str, ...]]) -> str:
     """SQL that gives a role this and nothing else on our tables, where there is such a role."""
-    tables = ", ".join(may)
-    written = ", ".join(["0", *(f"'{table}'::regclass" for table, what in may.items() if "INSERT" in what)])
-    numbered = ", ".join(f"'{table}'::regclass" for table in may)
-    lines = [
-        f"REVOKE ALL ON {tables} FROM {role};",
-        f"GRANT USAGE ON SCHEMA public, headsearch TO {role};",
-        *(f"GRANT {', '.join(what)} ON {table} TO {role};" for table, what in may.items()),
-    ]
-    return "\n".join(
-        [
-            "DO $grants$ DECLARE owned record; BEGIN",
-            f"IF EXISTS (SELECT 1 FROM pg_roles WHERE rolname = '{role}') THEN",
-            *lines,
-            # To read, for a backup; to use, for the numbers of rows that may be inserted.
-            f"FOR owned IN SELECT objid::regclass AS name, refobjid IN ({written}) AS used FROM pg_depend d",  # noqa: S608
-            f"JOIN pg_class c ON c.oid = objid WHERE relkind = 'S' AND deptype IN ('a', 'i') "
-            f"AND refobjid IN ({numbered}) LOOP",
-            f"EXECUTE 'REVOKE ALL ON SEQUENCE ' || owned.name || ' FROM {role}';",
-            "EXECUTE 'GRANT ' || CASE WHEN owned.used THEN 'SELECT, USAGE' ELSE 'SELECT' END "
-            f"|| ' ON SEQUENCE ' || owned.name || ' TO {role}';",
-            "END LOOP; END IF; END $grants$",
-        ]
-    )
+    grants = "\n".join(f"GRANT {', '.join(what)} ON {table} TO {role};" for table, what in may.items())
+    tables = ", ".join(f"'{table}'::regclass" for table in may)
+    inserted = ", ".join(["0", *(f"'{table}'::regclass" for table, what in may.items() if "INSERT" in what)])
+    # Sequences: to read, for a backup; to use, for the numbers of rows that may be inserted.
+    return f"""
+        DO $grants$ DECLARE sequence record; BEGIN
+        IF EXISTS (SELECT 1 FROM pg_roles WHERE rolname = '{role}') THEN
+        GRANT USAGE ON SCHEMA public, headsearch TO {role};
+        REVOKE ALL ON {", ".join(may)} FROM {role};
+        {grants}
+        FOR sequence IN SELECT objid::regclass AS name, refobjid IN ({inserted}) AS used
+            FROM pg_depend JOIN pg_class c ON c.oid = objid
+            WHERE relkind = 'S' AND deptype IN ('a', 'i') AND refobjid IN ({tables})
+        LOOP
+            EXECUTE 'REVOKE ALL ON SEQUENCE ' || sequence.name || ' FROM {role}';
+            EXECUTE 'GRANT SELECT ON SEQUENCE ' || sequence.name || ' TO {role}';
+            IF sequence.used THEN
+                EXECUTE 'GRANT USAGE ON SEQUENCE ' || sequence.name || ' TO {role}';
+            END IF;
+        END LOOP;
+        END IF; END $grants$
+        """  # noqa: S608 - of the constants above
 
 
 GRANTS: tuple[str, ...] = (_granting(WORKER, WORKER_MAY), _granting(READER, READER_MAY))
