@@ -9,6 +9,7 @@
     |   +-- StudyBusyError        workers are training trials of this study
     +-- WorldError            exit 1: the machine, the disk, the network, the database
     |   +-- DatabaseError         unreachable, refused, or of another version
+    |   |   +-- AccessError           exit 2: the database's role may not do that; the message says who may
     |   +-- StorageError          no permission, disk full
     |   +-- ServeError            the dashboard's address cannot be used
     |   +-- ServerError           the embedded PostgreSQL could not be started or stopped
@@ -81,6 +82,15 @@ class DatabaseError(WorldError):
     def __init__(self, message: str, *, transient: bool = True) -> None:
         super().__init__(message)
         self.transient = transient
+
+
+class AccessError(DatabaseError):
+    """The role that the database's URL names may not do this."""
+
+    exit_code: ClassVar[int] = 2
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, transient=False)
 
 
 class StorageError(WorldError):

@@ -34,7 +34,11 @@ from headsearch.runtime.postgres import EmbeddedServer
 if TYPE_CHECKING:
     from optuna import Study
 
-_DATABASE_VARIABLES = ("HEADSEARCH_DATABASE_URL", "HEADSEARCH_DATABASE_URL_FILE")
+_DATABASE_VARIABLES = (
+    "HEADSEARCH_DATABASE_URL",
+    "HEADSEARCH_DATABASE_URL_FILE",
+    "HEADSEARCH_DATABASE_PASSWORD_FILE",
+)
 
 
 def chromium_executable() -> str | None:

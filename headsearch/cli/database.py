@@ -1,4 +1,4 @@
-"""Commands on the embedded PostgreSQL server: start, stop, status, url; and on any: backup, restore."""
+"""Commands on the embedded PostgreSQL server: start, stop, status, url; on any: migrate, backup, restore."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from headsearch.runtime.postgres import EmbeddedServer, ServerStatus
 
 app = typer.Typer(
-    help="The embedded PostgreSQL server: start, stop, status, url; of any database: backup, restore.",
+    help="The embedded PostgreSQL server: start, stop, status, url; any database: migrate, backup, restore.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -60,6 +60,32 @@ def url(reader: Reader = False, as_json: Json = False) -> None:
         emit({"url": found, "embedded": given is None})
     else:
         emit_lines([found])
+
+
+@app.command()
+def migrate(
+    worker: Annotated[
+        Path | None,
+        typer.Option("--worker-password-file", metavar="FILE", help="Make headsearch_worker, or rotate it."),
+    ] = None,
+    reader: Annotated[
+        Path | None,
+        typer.Option("--reader-password-file", metavar="FILE", help="Make headsearch_reader, or rotate it."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Bring the tables up to date and, for a team, the roles of workers and dashboards; as the owner.
+
+    A role that is made, or whose password changes, gets the one in FILE. Change passwords here first, then in
+    the files that workers and dashboards read: they go on meanwhile.
+    """
+    from headsearch.runtime.migration import bring_up
+
+    lines = bring_up(worker=worker, reader=reader)
+    if as_json:
+        emit({"lines": lines})
+    else:
+        emit_lines(lines)
 
 
 @app.command()

@@ -50,24 +50,38 @@ def dashboard(
         bool, typer.Option("--writable", help="Let visitors change and delete studies.")
     ] = False,
     auth_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="File with user:password that visitors must know.")
+        Path | None, typer.Option(metavar="FILE", help="File of user:password lines; visitors must know one.")
+    ] = None,
+    trusted_header: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Header in which an authenticating proxy in front names the user."),
+    ] = None,
+    trusted_proxy: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CIDR", help="Where that proxy is; loopback unless named. May be repeated."),
     ] = None,
 ) -> None:
-    """Serve optuna-dashboard, read-only unless asked."""
+    """Serve optuna-dashboard, read-only unless asked.
+
+    The database may be that of headsearch_reader, and without tables yet.
+    """
     from headsearch.runtime.bundled import study_name
     from headsearch.runtime.dashboard import serve
     from headsearch.runtime.session import open_session
+    from headsearch.runtime.visitors import read_visitors
     from headsearch.search.studies import get
 
+    visitors = read_visitors(auth_file, trusted_header, trusted_proxy or ())
     wanted = study_name(study) if study else None
-    with open_session() as session:
+    # Optuna's tables are enough for its page.
+    with open_session(migrating=wanted is not None) as session:
         page = f"/dashboard/studies/{get(session.database, wanted).study_id}" if wanted else "/dashboard"
         serve(
             session.address,
             host,
             port,
             writable=writable,
-            auth_file=auth_file,
+            visitors=visitors,
             ready=lambda url: typer.echo(f"dashboard on {url}{page} (Ctrl-C ends it)"),
         )
 

@@ -1,14 +1,13 @@
 """Optuna's dashboard, served read-only unless asked otherwise.
 
 optuna-dashboard has neither a login nor a read-only mode: whoever reaches it may delete a study. So it runs
-behind a filter that lets only GET and HEAD through, and reads as a database role that may not write.
+behind a filter that lets only GET and HEAD through, and reads as a database role that may not write. Who may
+come in is for `visitors` to say.
 """
 
 from __future__ import annotations
 
-import base64
 import errno
-import hmac
 import io
 import json
 import logging
@@ -17,7 +16,6 @@ import socket
 import socketserver
 import threading
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Self, TextIO, cast
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
@@ -25,10 +23,13 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from optuna_dashboard import wsgi
+from sqlalchemy import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
-from headsearch.errors import DatabaseError, HeadsearchError, InputError, ServeError
-from headsearch.runtime.database import DatabaseAddress, check
+from headsearch.errors import AccessError, DatabaseError, HeadsearchError, ServeError
+from headsearch.runtime.database import DatabaseAddress, check, may_write
+from headsearch.runtime.visitors import Visitors
+from headsearch.search.database import with_password_of
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
@@ -42,12 +43,9 @@ _HEADERS = [
     ("X-Frame-Options", "SAMEORIGIN"),
     ("Referrer-Policy", "same-origin"),
 ]
-_ENGINE = {
-    "pool_pre_ping": True,
-    "pool_size": 4,
-    "max_overflow": 8,
-    "connect_args": {"application_name": "headsearch dashboard", "connect_timeout": 10},
-}
+_ENGINE = {"pool_pre_ping": True, "pool_size": 4, "max_overflow": 8}
+_CONNECTION = {"application_name": "headsearch dashboard", "connect_timeout": 10}
+_EVERYBODY = Visitors()
 
 _log = logging.getLogger(__name__)
 
@@ -56,11 +54,12 @@ class DashboardApp:
     """The WSGI application: optuna-dashboard behind login, method filter and health check."""
 
     def __init__(
-        self, address: DatabaseAddress, *, writable: bool = False, login: tuple[str, str] | None = None
+        self, address: DatabaseAddress, *, writable: bool = False, visitors: Visitors = _EVERYBODY
     ) -> None:
+        self._address = address
         self._url = address.url if writable else address.reader_url
         self._writable = writable
-        self._login = login
+        self._visitors = visitors
         self._optuna_app: WSGIApplication | None = None
         self._building = threading.Lock()
 
@@ -76,9 +75,11 @@ class DashboardApp:
             return _answer(environ, start, "405 Method Not Allowed", reason, ("Allow", "GET, HEAD"))
         if environ.get("PATH_INFO", "").rstrip("/") == "/healthz":
             return self._health(environ, start)
-        if not self._may_enter(environ.get("HTTP_AUTHORIZATION", "")):
-            challenge = ("WWW-Authenticate", 'Basic realm="headsearch", charset="UTF-8"')
-            return _answer(environ, start, "401 Unauthorized", "user and password are needed", challenge)
+        visitor = self._visitors.name(environ["headsearch.headers"], environ.get("REMOTE_ADDR", ""))
+        if visitor is None:
+            return self._challenge(environ, start)
+        if method not in _READ_METHODS:
+            _log.warning("%s %r by %r", method, environ.get("PATH_INFO", ""), visitor or "a visitor")
         try:
             app = self._dashboard()
         except DatabaseError as error:
@@ -86,19 +87,16 @@ class DashboardApp:
         environ.setdefault("HTTP_ACCEPT_ENCODING", "identity")
         return app(environ, start)
 
-    def _may_enter(self, authorization: str) -> bool:
-        if self._login is None:
-            return True
-        scheme, _, token = authorization.partition(" ")
-        try:
-            given = base64.b64decode(token.strip(), validate=True) if scheme.lower() == "basic" else b""
-        except ValueError:
-            given = b""
-        return hmac.compare_digest(given, ":".join(self._login).encode())
+    def _challenge(self, environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
+        if not self._visitors.logins:
+            reason = f"come through the proxy that sets {self._visitors.header}"
+            return _answer(environ, start, "401 Unauthorized", reason)
+        challenge = ("WWW-Authenticate", 'Basic realm="headsearch", charset="UTF-8"')
+        return _answer(environ, start, "401 Unauthorized", "user and password are needed", challenge)
 
     def _health(self, environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
         try:
-            check(self._url, timeout=_HEALTH_SECONDS)
+            check(self._address.complete(self._url), timeout=_HEALTH_SECONDS)
         except HeadsearchError as error:
             _log.warning("%s", error)
             return _answer(environ, start, "503 Service Unavailable", "the database does not answer")
@@ -114,13 +112,14 @@ class DashboardApp:
                 try:
                     storage = RDBStorage(
                         self._url,
-                        engine_kwargs=dict(_ENGINE),
+                        engine_kwargs=_ENGINE
+                        | with_password_of(make_url(self._url), _CONNECTION, self._address.password_file),
                         skip_compatibility_check=True,
                         skip_table_creation=True,
                     )
                     self._optuna_app = wsgi(storage)
                 except (SQLAlchemyError, StorageInternalError, AssertionError) as error:
-                    check(self._url)
+                    check(self._address.complete(self._url))
                     _log.debug("no Optuna tables", exc_info=True)
                     raise DatabaseError(
                         "this database has no study yet: make one with headsearch study create, then reload"
@@ -181,6 +180,9 @@ class _LogStream(io.TextIOBase):
 class _QuietHandler(WSGIRequestHandler):
     timeout = _REQUEST_SECONDS
 
+    def get_environ(self) -> dict[str, Any]:
+        return super().get_environ() | {"headsearch.headers": self.headers}
+
     def get_stderr(self) -> TextIO:
         return cast(TextIO, _LogStream())
 
@@ -194,19 +196,24 @@ def serve(
     port: int = 8080,
     *,
     writable: bool = False,
-    auth_file: Path | None = None,
+    visitors: Visitors = _EVERYBODY,
     ready: Callable[[str], None] | None = None,
 ) -> None:
     """Serve the dashboard until Ctrl-C or SIGTERM. `ready` is called with its URL once it listens.
 
     `writable` gives optuna-dashboard as it is: whoever reaches it may edit notes and delete studies.
-    `auth_file` holds one line ``user:password`` that every visitor must know.
-    Raises ServeError when the address cannot be used, InputError for an `auth_file` that cannot be used.
+    `visitors` says who may come in.
+    Raises ServeError when the address cannot be used, AccessError when the database's role may not write
+    what `writable` lets visitors write.
     """
-    login = read_login(auth_file) if auth_file else None
-    if host not in _LOOPBACK and login is None:
+    if writable and not may_write(address.full_url):
+        raise AccessError(
+            f"--writable: {address.redacted} is of a role that may not write: give the owner's URL, or that of "
+            "headsearch_worker, who may write notes and delete nothing"
+        )
+    if host not in _LOOPBACK and visitors.open_to_all:
         _log.warning("the dashboard on %s has no login: whoever reaches it sees all studies", host)
-    with DashboardServer(DashboardApp(address, writable=writable, login=login), host, port) as server:
+    with DashboardServer(DashboardApp(address, writable=writable, visitors=visitors), host, port) as server:
 
         def stop(_signal: int, _frame: FrameType | None) -> None:
             # shutdown() waits for the loop that this handler interrupts.
@@ -221,18 +228,6 @@ def serve(
         finally:
             for signal_number, handler in before.items():
                 signal.signal(signal_number, handler)
-
-
-def read_login(path: Path) -> tuple[str, str]:
-    """Read ``user:password`` from the first line of the file `path`. Raises InputError."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--auth-file: cannot read {path}") from error
-    user, colon, password = (lines[0] if lines else "").strip().partition(":")
-    if not (user and colon and password):
-        raise InputError(f"--auth-file: the first line of {path} must be user:password")
-    return user, password
 
 
 def _answer(

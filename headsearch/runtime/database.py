@@ -1,4 +1,8 @@
-"""Which database: the one that HEADSEARCH_DATABASE_URL names, else the embedded server of the home folder."""
+"""Which database: the one that HEADSEARCH_DATABASE_URL names, else the embedded server of the home folder.
+
+The URL's password may stand in a file of its own, HEADSEARCH_DATABASE_PASSWORD_FILE, which is read again for
+every connection: it can be replaced while workers run.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ import psycopg2
 
 from headsearch.errors import DatabaseError, InputError, ServerError
 from headsearch.home import home_folder, postgres_folder
+from headsearch.passwords import PASSWORD_VARIABLE, read_password
 
 if TYPE_CHECKING:
     from headsearch.runtime.postgres import EmbeddedServer
@@ -31,15 +36,31 @@ _READ_ONLY = "-c default_transaction_read_only=on"
 
 @dataclass(frozen=True)
 class DatabaseAddress:
-    """Where the database is. `url` and `reader_url` hold passwords: show `redacted`."""
+    """Where the database is. `url` and `reader_url` may hold passwords: show `redacted`."""
 
     url: str
-    """For SQLAlchemy with psycopg2."""
+    """For SQLAlchemy with psycopg2; without its password where that is in `password_file`."""
     reader_url: str
     """Of a role that may only read; elsewhere than on the embedded server, of the same role with
     transactions that only read."""
     embedded: bool
     """On the embedded server of this machine's home folder."""
+    password_file: Path | None = None
+    """Holds the password of both, which may change."""
+
+    @property
+    def full_url(self) -> str:
+        """`url` with its password, as the file has it now. Raises InputError for a file that has none."""
+        return self.complete(self.url)
+
+    def complete(self, url: str) -> str:
+        """`url` with the password of the file, where there is one. Raises InputError as `full_url` does."""
+        if self.password_file is None:
+            return url
+        password = quote(read_password(self.password_file, PASSWORD_VARIABLE), safe="")
+        parts = urlsplit(url)
+        user, _, host = parts.netloc.rpartition("@")
+        return urlunsplit(parts._replace(netloc=f"{user}:{password}@{host}"))
 
     @property
     def redacted(self) -> str:
@@ -53,8 +74,32 @@ class DatabaseAddress:
 def given_url() -> str | None:
     """Read the URL from HEADSEARCH_DATABASE_URL, else from the file HEADSEARCH_DATABASE_URL_FILE names.
 
-    None when neither is set. Raises InputError naming the variable when the value cannot be used.
+    With its password, from HEADSEARCH_DATABASE_PASSWORD_FILE where that is set. None when there is no URL.
+    Raises InputError naming the variable when the value cannot be used.
     """
+    found = given_address()
+    return found.full_url if found else None
+
+
+def given_address() -> DatabaseAddress | None:
+    """The database that the environment names, or None. Raises InputError as `given_url` does."""
+    url = _given_url()
+    file = os.environ.get(PASSWORD_VARIABLE, "").strip()
+    if not file:
+        return DatabaseAddress(url, read_only(url), embedded=False) if url else None
+    if url is None:
+        raise InputError(f"{PASSWORD_VARIABLE} is set and {URL_VARIABLE} is not: set both or none")
+    parts = urlsplit(url)
+    if not parts.username:
+        raise InputError(f"{URL_VARIABLE}: names no user for the password of {PASSWORD_VARIABLE}")
+    if parts.password is not None or "password" in dict(parse_qsl(parts.query, keep_blank_values=True)):
+        raise InputError(f"{URL_VARIABLE} has a password and {PASSWORD_VARIABLE} is set: keep one")
+    address = DatabaseAddress(url, read_only(url), embedded=False, password_file=Path(file).absolute())
+    _ = address.full_url
+    return address
+
+
+def _given_url() -> str | None:
     url, file = os.environ.get(URL_VARIABLE, "").strip(), os.environ.get(FILE_VARIABLE, "").strip()
     if url and file:
         raise InputError(f"{URL_VARIABLE} and {FILE_VARIABLE} are both set: keep one")
@@ -122,10 +167,10 @@ def open_database(home: Path | None = None) -> Iterator[DatabaseAddress]:
     Raises InputError for a URL that cannot be used, DatabaseError when the database does not answer, and
     ServerError when the embedded server cannot be started.
     """
-    url = given_url()
-    if url:
-        check(url)
-        yield DatabaseAddress(url, read_only(url), embedded=False)
+    given = given_address()
+    if given:
+        check(given.full_url)
+        yield given
         return
     with embedded_server(home).attach() as handle:
         yield DatabaseAddress(handle.url("owner"), handle.url("reader"), embedded=True)
@@ -136,7 +181,7 @@ def embedded_server(home: Path | None = None) -> EmbeddedServer:
 
     Raises InputError when a URL names a database elsewhere, ServerError where there is no embedded server.
     """
-    if given_url():
+    if given_address():
         raise InputError(f"{URL_VARIABLE} names a database elsewhere: unset it to use the embedded server")
     if sys.platform == "win32":
         raise ServerError(f"there is no embedded PostgreSQL on Windows: set {URL_VARIABLE} to {_VALID}")
@@ -166,6 +211,28 @@ def check(url: str, *, timeout: int = _CONNECT_SECONDS) -> None:
         )
 
 
+def may_write(url: str) -> bool:
+    """Whether the role of `url` may write what optuna-dashboard does; before there are tables, make them.
+
+    Raises DatabaseError when the database does not answer.
+    """
+    try:
+        connection = psycopg2.connect(libpq_url(url), connect_timeout=_CONNECT_SECONDS)
+    except psycopg2.OperationalError as error:
+        raise DatabaseError(_explain(str(error), url)) from None
+    try:
+        with connection.cursor() as cursor:
+            cursor.execute(
+                "SELECT current_setting('transaction_read_only') = 'off' AND "
+                "CASE WHEN to_regclass('public.study_system_attributes') IS NULL "
+                "THEN has_schema_privilege('public', 'CREATE') ELSE has_table_privilege("
+                "to_regclass('public.study_system_attributes'), 'INSERT') END"
+            )
+            return bool(cursor.fetchone()[0])
+    finally:
+        connection.close()
+
+
 def _explain(message: str, url: str) -> str:
     """Put psycopg2's message about `url` in one line that says what to do."""
     parts = urlsplit(url)
@@ -176,7 +243,10 @@ def _explain(message: str, url: str) -> str:
     if parts.password:
         reason = reason.replace(unquote(parts.password), "***").replace(parts.password, "***")
     if "authentication failed" in reason or "no password supplied" in reason:
-        return f"the database at {where} refuses user {user}: check user and password in {URL_VARIABLE}"
+        source = PASSWORD_VARIABLE if os.environ.get(PASSWORD_VARIABLE) else URL_VARIABLE
+        return f"the database at {where} refuses user {user}: check user and password in {source}"
+    if tls := _explain_tls(reason, parts.hostname or ""):
+        return f"the database at {where} {tls}"
     if reason.startswith("database ") and reason.endswith("does not exist"):
         return f"the server at {where} has no {reason.removesuffix(' does not exist')}: create it first"
     if any(sign in reason for sign in ("refused", "timeout", "timed out", "No such file", "unreachable")):
@@ -184,3 +254,24 @@ def _explain(message: str, url: str) -> str:
     if "could not translate host name" in reason:
         return f"there is no host {parts.hostname}: check {URL_VARIABLE}"
     return f"the database at {where} refuses the connection: {reason}"
+
+
+def _explain_tls(reason: str, host: str) -> str | None:
+    """What to do where libpq's `reason` is about encryption; None where it is not."""
+    if "certificate verify failed" in reason:
+        return "shows a certificate of another authority than that in sslrootcert: it may not be the server"
+    if "does not match host name" in reason:
+        return f"shows a certificate of another host than {host}: it may not be the server"
+    if "root certificate file" in reason:
+        return (
+            f"cannot be verified: {reason.split('root certificate file', 1)[1].strip()} does not exist; "
+            "name the authority's certificate by sslrootcert"
+        )
+    if "server does not support SSL" in reason:
+        return "does not encrypt, which sslmode asks for: turn ssl on there"
+    if "no pg_hba.conf entry" in reason and ("no encryption" in reason or "SSL off" in reason):
+        return (
+            "wants an encrypted connection, or does not let this host, user and database in: "
+            f"add ?sslmode=verify-full&sslrootcert=FILE to {URL_VARIABLE}"
+        )
+    return None

@@ -17,7 +17,7 @@ from typing import Literal
 from headsearch import __version__
 from headsearch.errors import HeadsearchError
 from headsearch.home import home_folder
-from headsearch.runtime.database import check, given_url, redact
+from headsearch.runtime.database import check, given_address
 from headsearch.runtime.launcher import cores, default_workers, gpus
 
 GIB = 1 << 30
@@ -103,10 +103,10 @@ def _home() -> Iterator[Finding]:
 
 
 def _database() -> Iterator[Finding]:
-    url = given_url()
-    if url:
-        check(url)
-        yield Finding("database", "ok", f"{redact(url)} answers")
+    given = given_address()
+    if given:
+        check(given.full_url)
+        yield Finding("database", "ok", f"{given.redacted} answers")
         return
     from headsearch.runtime.pgbinaries import find_folder  # needs a POSIX system
     from headsearch.runtime.postgres import EmbeddedServer

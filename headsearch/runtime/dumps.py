@@ -64,7 +64,7 @@ def backup(file: Path, *, force: bool = False) -> Dumped:
         WorldError: The folder cannot be written, the database does not answer or is newer than any pg_dump.
     """
     target = _target(file, force=force)
-    with open_database(home_folder()) as address, _connected(address.url) as connection:
+    with open_database(home_folder()) as address, _connected(address.full_url) as connection:
         connection.set_session(isolation_level="REPEATABLE READ", readonly=True)
         with connection.cursor() as cursor:
             if _one(cursor, "SELECT to_regclass('headsearch.migrations')") is None:
@@ -81,7 +81,7 @@ def backup(file: Path, *, force: bool = False) -> Dumped:
             ]
             with _appearing(target) as partial:
                 server = connection.info.server_version // 10_000
-                dump(address.url, options, partial, server=server, tls=connection.info.ssl_in_use)
+                dump(address.full_url, options, partial, server=server, tls=connection.info.ssl_in_use)
                 size = partial.stat().st_size
             return Dumped(file, size, *_counts(cursor), _version(cursor))
 
@@ -100,7 +100,7 @@ def restore(file: Path, *, replace: bool = False, force: bool = False) -> Dumped
     archive = open_archive(file)
     size = file.stat().st_size
     version = reloading.version_in(archive)
-    with open_session() as session, _connected(session.address.url) as connection:
+    with open_session() as session, _connected(session.address.full_url) as connection:
         with connection.cursor() as cursor:
             cursor.execute(f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'")
             cursor.execute("SET LOCAL statement_timeout = 0")

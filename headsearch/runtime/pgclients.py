@@ -74,7 +74,7 @@ def _major(path: Path) -> int:
 
 
 def dump(url: str, options: Sequence[str], output: Path, *, server: int, tls: bool) -> None:
-    """Run pg_dump on `url` into the file `output`; the password is in the environment only.
+    """Run pg_dump on `url` into the file `output`; the password is on no command line and in no environment.
 
     Args:
         url: For SQLAlchemy, with its password.
@@ -105,23 +105,30 @@ def dump(url: str, options: Sequence[str], output: Path, *, server: int, tls: bo
     password = address.pop("password", None)
     if tls and address.get("sslmode", os.environ.get("PGSSLMODE", "")) in ("", "prefer", "allow"):
         address["sslmode"] = "require"
-    done = subprocess.run(
-        [
-            program.path,
-            *options,
-            # Not through standard output, to which pg_dump appends what it should write over.
-            f"--file={output}",
-            "--no-password",
-            f"--dbname={make_dsn(**address)}",
-        ],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        env=_environment({"PGPASSWORD": password} if password else {}),
-        text=True,
-        errors="replace",
-        check=False,
-    )
+    with tempfile.TemporaryFile() as secret:  # which has no name, and is this user's alone
+        if password:
+            escaped = password.replace("\\", "\\\\").replace(":", "\\:")
+            secret.write(f"*:*:*:*:{escaped}\n".encode())
+            secret.seek(0)
+            address["passfile"] = f"/dev/fd/{secret.fileno()}"
+        done = subprocess.run(
+            [
+                program.path,
+                *options,
+                # Not through standard output, to which pg_dump appends what it should write over.
+                f"--file={output}",
+                "--no-password",
+                f"--dbname={make_dsn(**address)}",
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env=_environment(),
+            pass_fds=[secret.fileno()],
+            text=True,
+            errors="replace",
+            check=False,
+        )
     if done.returncode:
         said = _complaint(done.stderr, done.returncode)
         if password:
@@ -183,7 +190,7 @@ class Archive:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=said,
-                env=_environment({}),
+                env=_environment(),
             ) as process:
                 assert process.stdout  # noqa: S101 - a pipe
                 left, encoding, whole = list(tables), "UTF8", True
@@ -244,7 +251,7 @@ def _read(program: Program, file: Path, option: str) -> str:
         [program.path, option, "--", file],
         stdin=subprocess.DEVNULL,
         capture_output=True,
-        env=_environment({}),
+        env=_environment(),
         text=True,
         errors="replace",
         check=False,
@@ -260,8 +267,8 @@ def _read(program: Program, file: Path, option: str) -> str:
     return done.stdout
 
 
-def _environment(more: Mapping[str, str]) -> dict[str, str]:
-    return {**os.environ, "LC_ALL": "C", **more}
+def _environment() -> dict[str, str]:
+    return {**os.environ, "LC_ALL": "C"}
 
 
 def _complaint(said: str, code: int) -> str:

@@ -18,6 +18,7 @@ from headsearch.runtime.lines import first_line
 from headsearch.runtime.pgclients import Archive, Table
 from headsearch.search import schema
 from headsearch.search.database import LOCK_CREATE, LOCK_SCHEMA
+from headsearch.search.roles import GRANTS
 
 OPTUNA_TABLES = (
     "studies",
@@ -157,6 +158,9 @@ def bring_forward(cursor: Cursor, version: int) -> None:
         cursor.execute(
             "INSERT INTO headsearch.migrations (version, applied_by) VALUES (%s, %s)", (number, __version__)
         )
+    # Tables that were made anew are nobody's but the owner's.
+    for grants in GRANTS:
+        cursor.execute(grants)
 
 
 def give_back(cursor: Cursor) -> None:

@@ -32,18 +32,20 @@ class Session:
 
 
 @contextmanager
-def open_session() -> Iterator[Session]:
-    """The session, with the database's tables made or brought up to date.
+def open_session(*, migrating: bool = True) -> Iterator[Session]:
+    """The session, with the database's tables made or brought up to date unless `migrating` is false.
 
     Raises:
         StorageError: The home folder cannot be made or written.
-        DatabaseError: The database does not answer, or is of a newer headsearch.
+        DatabaseError: The database does not answer, is of a newer headsearch, or of an older one where the
+            URL's role may not bring it up to date.
     """
     home = home_folder()
     with ExitStack() as stack:
         address = stack.enter_context(open_database(home))
-        database = Database(address.url)
+        database = Database(address.url, address.password_file)
         # Connections go before the server does, which the stack holds below.
         stack.callback(database.close)
-        migrate(database)
+        if migrating:
+            migrate(database)
         yield Session(home, address, database, stack)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import optuna
+import psycopg2
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, RDBStorage, get_storage
 from sqlalchemy import URL, Connection, Engine, create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError, OperationalError
 from sqlalchemy.pool import NullPool
 
-from headsearch.errors import DatabaseError
+from headsearch.errors import AccessError, DatabaseError, InputError
+from headsearch.passwords import PASSWORD_VARIABLE, read_password
 from headsearch.search.history import History
 
 LOCK_SCHEMA = 0x6865_6164
@@ -56,11 +59,34 @@ answer is on its way, when there are no keepalives. A pooler drops these options
 to see whether they arrived."""
 
 
-def engine_options(url: URL) -> dict[str, Any]:
+def engine_options(url: URL, password_file: Path | None = None) -> dict[str, Any]:
     """Options of an engine on `url`, which keeps the server options that it names itself."""
     given = url.query.get("options", "")
     options = f"{SERVER_OPTIONS} {given if isinstance(given, str) else ' '.join(given)}".strip()
-    return ENGINE_OPTIONS | {"connect_args": ENGINE_OPTIONS["connect_args"] | {"options": options}}
+    arguments = ENGINE_OPTIONS["connect_args"] | {"options": options}
+    return ENGINE_OPTIONS | with_password_of(url, arguments, password_file)
+
+
+def with_password_of(url: URL, arguments: dict[str, Any], password_file: Path | None) -> dict[str, Any]:
+    """Options of an engine that connects to `url` with psycopg2's `arguments`, and a file's password.
+
+    The file is read for each connection, so that a password that changes stops nobody.
+    """
+    if password_file is None:
+        return {"connect_args": arguments}
+    file = password_file
+    named: dict[str, Any] = {**url.translate_connect_args(database="dbname", username="user"), **url.query}
+
+    def connect() -> Any:
+        try:
+            password = read_password(file, PASSWORD_VARIABLE)
+        except InputError as error:
+            # Perhaps it is being replaced: to our callers the database is away.
+            raise psycopg2.OperationalError(str(error)) from None
+        return psycopg2.connect(**{**named, **arguments, "password": password})
+
+    creator: Callable[[], Any] = connect
+    return {"creator": creator}
 
 
 @contextlib.contextmanager
@@ -78,18 +104,34 @@ _PASSING = (OperationalError, InterfaceError, InternalError)
 
 @contextlib.contextmanager
 def translated() -> Iterator[None]:
-    """Turn what drivers and Optuna raise into a DatabaseError of one line, without the password."""
+    """Turn what drivers and Optuna raise into a DatabaseError of one line, without the password.
+
+    Raises AccessError for what the role may not do.
+    """
     try:
         yield
     except _PASSING as error:
         raise DatabaseError(f"the database does not answer: {_first_line(error.orig)}") from error
     except DBAPIError as error:
+        _refused(error)
         line = f"the database refused a statement: {_first_line(error.orig)}"
         raise DatabaseError(line, transient=False) from error
     except optuna.exceptions.StorageInternalError as error:
         cause = error.__cause__
+        _refused(cause)
         transient = not isinstance(cause, DBAPIError) or isinstance(cause, _PASSING)
         raise DatabaseError(f"Optuna's storage failed: {_first_line(cause)}", transient=transient) from error
+
+
+def _refused(error: BaseException | None) -> None:
+    """Raise AccessError if that is what the database's refusal means."""
+    said = getattr(error, "orig", None)
+    if getattr(said, "pgcode", None) in ("42501", "25006"):
+        connection = getattr(getattr(said, "cursor", None), "connection", None)
+        role = f"role {connection.info.user}" if connection is not None else "the URL's role"
+        raise AccessError(
+            f"{role} may not do this ({_first_line(said)}): the database's owner may"
+        ) from error
 
 
 def _first_line(error: BaseException | None) -> str:
@@ -111,15 +153,19 @@ def lock_claims(connection: Connection, study_id: int, *, wait: bool = True) -> 
 class Database:
     """Connections of one process. Make it after a fork, not before."""
 
-    def __init__(self, url: str, *, brief: bool = False) -> None:
-        """`url` is a SQLAlchemy URL of a PostgreSQL database; `brief` closes connections after each use."""
+    def __init__(self, url: str, password_file: Path | None = None, *, brief: bool = False) -> None:
+        """`url` is a SQLAlchemy URL of a PostgreSQL database; `password_file` holds its password.
+
+        With `brief`, connections are closed after each use.
+        """
         address = make_url(url).set(drivername="postgresql+psycopg2")
         self.url = address.render_as_string(hide_password=False)
-        self.options = engine_options(address)
+        self.options = engine_options(address, password_file)
         if brief:
             pool = {name: value for name, value in self.options.items() if not name.startswith("pool_")}
             del pool["max_overflow"]
             self.options = pool | {"poolclass": NullPool}
+        self._password_file = password_file
         self.engine: Engine = create_engine(self.url, **self.options)
         self._memories: dict[int, History] = {}
         self._plain: RDBStorage | None = None
@@ -161,7 +207,7 @@ class Database:
 
     def brief(self) -> Database:
         """The same database, connected to only while something is said."""
-        return Database(self.url, brief=True)
+        return Database(self.url, self._password_file, brief=True)
 
     def memory(self, study_id: int) -> History:
         """What this process remembers of a study's trials."""

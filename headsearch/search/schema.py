@@ -14,6 +14,7 @@ from sqlalchemy.exc import DBAPIError
 from headsearch import __version__
 from headsearch.errors import DatabaseError
 from headsearch.search.database import LOCK_SCHEMA, Database, quietly
+from headsearch.search.roles import GRANTS
 
 MIGRATIONS: tuple[str, ...] = (
     """
@@ -127,8 +128,11 @@ def migrate(database: Database) -> None:
         DatabaseError: Not reachable, not permitted, or made by a newer headsearch.
     """
     with database.begin() as connection:
-        if _version(connection) == len(MIGRATIONS):
+        version = _version(connection)
+        if version == len(MIGRATIONS):
             return
+        _refuse_newer(version)
+        _refuse_strangers(connection, version)
         _settle_search_path(connection)
     # Connections made from here on find Optuna's tables in `public`.
     database.engine.dispose()
@@ -137,15 +141,11 @@ def migrate(database: Database) -> None:
         version = _version(connection)
         if version == len(MIGRATIONS):
             return
-        if version > len(MIGRATIONS):
-            raise DatabaseError(
-                f"the database has schema version {version}, headsearch {__version__} knows "
-                f"{len(MIGRATIONS)}; upgrade headsearch on this machine"
-            )
+        _refuse_newer(version)
         # Optuna makes its tables over a connection of its own, while ours holds the lock.
         try:
             with quietly():
-                RDBStorage(database.url).engine.dispose()
+                RDBStorage(database.url, engine_kwargs=database.options).engine.dispose()
         except (DBAPIError, RuntimeError) as error:
             raise DatabaseError(f"Optuna's tables cannot be made: {str(error).splitlines()[0]}") from None
         connection.execute(text("CREATE SCHEMA IF NOT EXISTS headsearch"))
@@ -161,6 +161,40 @@ def migrate(database: Database) -> None:
                 text("INSERT INTO headsearch.migrations (version, applied_by) VALUES (:version, :by)"),
                 {"version": number, "by": __version__},
             )
+        for grants in GRANTS:
+            connection.exec_driver_sql(grants)
+
+
+def _refuse_newer(version: int) -> None:
+    if version > len(MIGRATIONS):
+        raise DatabaseError(
+            f"the database has schema version {version}, headsearch {__version__} knows "
+            f"{len(MIGRATIONS)}; upgrade headsearch on this machine"
+        )
+
+
+def _refuse_strangers(connection: Connection, version: int) -> None:
+    """Raise DatabaseError where the role may not change the tables, before it tries."""
+    row = connection.execute(
+        text(
+            """
+            SELECT current_user AS name, current_setting('transaction_read_only') = 'off' AND CASE
+                WHEN to_regclass('headsearch.migrations') IS NULL THEN
+                    has_database_privilege(current_database(), 'CREATE')
+                    AND has_schema_privilege('public', 'CREATE')
+                ELSE pg_has_role(
+                    (SELECT relowner FROM pg_class WHERE oid = to_regclass('headsearch.migrations')), 'USAGE')
+                END AS may
+            """
+        )
+    ).one()
+    if not row.may:
+        there = f"tables of version {version} and not {len(MIGRATIONS)}" if version else "no tables yet"
+        raise DatabaseError(
+            f"the database has {there}, and role {row.name} may not make them: its owner must run "
+            "headsearch db migrate",
+            transient=False,
+        )
 
 
 def _settle_search_path(connection: Connection) -> None:

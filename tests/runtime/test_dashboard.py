@@ -23,9 +23,10 @@ import psycopg2
 import pytest
 from optuna.storages import RDBStorage
 
-from headsearch.errors import InputError, ServeError
-from headsearch.runtime.dashboard import DashboardApp, DashboardServer, read_login, serve
+from headsearch.errors import ServeError
+from headsearch.runtime.dashboard import DashboardApp, DashboardServer, serve
 from headsearch.runtime.database import DatabaseAddress, libpq_url, read_only
+from headsearch.runtime.visitors import Visitors, read_visitors
 
 pytestmark = pytest.mark.postgres
 
@@ -174,7 +175,7 @@ def test_dashboard_before_the_first_study(database_address: DatabaseAddress) -> 
 
 def test_health(pareto_study, database_address: DatabaseAddress, postgres_server) -> None:
     name = urlsplit(database_address.url).path.strip("/")
-    with serving(database_address, login=("u", "p")) as request:
+    with serving(database_address, visitors=Visitors((("u", "p"),))) as request:
         status, _, body = request("GET", "/healthz")
         assert (status, json.loads(body)) == (200, {"reason": "the database answers"})
         assert request("HEAD", "/healthz")[::2] == (200, b"")
@@ -195,24 +196,12 @@ def test_login(pareto_study, database_address: DatabaseAddress) -> None:
         {"Authorization": "Basic ?"},
         {"Authorization": "Bearer x"},
     ]
-    with serving(database_address, login=("lab", "pass:wörd")) as request:
+    with serving(database_address, visitors=Visitors((("lab", "pass:wörd"),))) as request:
         for headers in wrong:
             status, answer, body = request("GET", "/api/studies", headers=headers)
             assert (status, answer["WWW-Authenticate"][:5]) == (401, "Basic")
             assert b"heads" not in body
         assert request("GET", "/api/studies", headers=basic("lab:pass:wörd"))[0] == 200
-
-
-def test_login_file(tmp_path: Path) -> None:
-    file = tmp_path / "login"
-    file.write_text("lab:pass:word\nmore\n")
-    assert read_login(file) == ("lab", "pass:word")
-    for text in ("", "lab", "lab:", ":word", "\nlab:word"):
-        file.write_text(text)
-        with pytest.raises(InputError, match=f"--auth-file: the first line of {file} must be user:password"):
-            read_login(file)
-    with pytest.raises(InputError, match="--auth-file: cannot read"):
-        read_login(tmp_path / "absent")
 
 
 def test_many_at_once(pareto_study, database_address: DatabaseAddress) -> None:
@@ -262,7 +251,7 @@ def test_open_address_without_login_is_warned_about(
     urls: list[str] = []
     login = tmp_path / "login"
     login.write_text("lab:word")
-    for options, warned in (({"auth_file": login}, False), ({}, True)):
+    for options, warned in (({"visitors": read_visitors(login)}, False), ({}, True)):
         with caplog.at_level(logging.WARNING), pytest.raises(Stop):
             serve(database_address, host="0.0.0.0", port=0, ready=stop, **options)
         assert ("has no login" in caplog.text) == warned

@@ -88,7 +88,13 @@ def of_version(version, script="exit 0"):
 
 
 REAL = pgclients.programs("pg_dump")[0].path if shutil.which("sh") else None
-SAYING = 'printf "%s\\n" "$@" > {0}/argv; printf %s "$PGPASSWORD" > {0}/password'
+SAYING = """
+printf "%s\\n" "$@" > {0}/argv
+env > {0}/environment
+passfile=$(printf "%s" "$*" | sed -n "s/.*passfile=\\([^ ']*\\).*/\\1/p")
+stat --dereference --format=%a "$passfile" > {0}/mode
+cat "$passfile" > {0}/passfile
+"""
 
 
 def test_the_password_is_on_no_command_line(database, tmp_path, programs, monkeypatch):
@@ -96,21 +102,28 @@ def test_the_password_is_on_no_command_line(database, tmp_path, programs, monkey
     programs("embedded", of_version("18.4", SAYING.format(tmp_path) + f'\nexec {REAL} "$@"'))
     backup(tmp_path / "b.dump")
     password = database.engine.url.password
-    assert (tmp_path / "password").read_text() == password
+    assert (tmp_path / "passfile").read_text() == f"*:*:*:*:{password}\n"
+    assert (tmp_path / "mode").read_text() == "600\n"
     argv = (tmp_path / "argv").read_text()
     assert "--dbname=" in argv
     assert password not in argv
+    monkeypatch.delenv("HEADSEARCH_DATABASE_URL")
+    (tmp_path / "environment").unlink()
+    pgclients.dump(database.url, ["--schema-only"], tmp_path / "b.dump", server=18, tls=False)
+    assert password not in (tmp_path / "environment").read_text()
     monkeypatch.delenv("HEADSEARCH_POSTGRES_BIN")
 
 
 def test_a_password_is_given_as_it_is_and_never_repeated(tmp_path, programs):
-    complaint = 'echo "pg_dump: error: connection with $PGPASSWORD failed" >&2; exit 1'
+    complaint = (
+        f'echo "pg_dump: error: connection with $(cut -d: -f5- {tmp_path}/passfile) failed" >&2; exit 1'
+    )
     programs("embedded", of_version("18.4", SAYING.format(tmp_path) + "\n" + complaint))
     url = "postgresql+psycopg2://me:p%40ss%20%2F%25'@h:5/d?application_name=x"
     with pytest.raises(DatabaseError) as caught:
         pgclients.dump(url, [], tmp_path / "b.dump", server=18, tls=False)
     assert str(caught.value) == "pg_dump: connection with *** failed"
-    assert (tmp_path / "password").read_text() == "p@ss /%'"
+    assert (tmp_path / "passfile").read_text() == "*:*:*:*:p@ss /%'\n"
     argv = (tmp_path / "argv").read_text()
     assert "host=h port=5" in argv.replace("'", "") or "port=5" in argv
     assert "p@ss" not in argv
