@@ -84,7 +84,7 @@ FORBIDDEN = [
     "CREATE ROLE mine",
     f"ALTER ROLE {WORKER} CREATEROLE",
     f"ALTER ROLE {team.LAB} PASSWORD 'x'",
-    f"GRANT {team.LAB} TO {WORKER}",
+    f"GRANT pg_monitor TO {WORKER}",
     f"SET ROLE {team.LAB}",
     "SET ROLE headsearch",
     "SET SESSION AUTHORIZATION headsearch",
@@ -200,7 +200,7 @@ def test_nobody_else_connects_and_workers_connect_nowhere_else(a_team, team_serv
         )
 
 
-def test_the_reader_reads_and_writes_nothing(a_team, monkeypatch, tmp_path):
+def test_the_reader_reads_and_writes_nothing(a_team, monkeypatch, tmp_path, capsys):
     make(a_team, monkeypatch)
     assert allowed(a_team, READER, [*FORBIDDEN, *WRITES]) == []
     with a_team.connected(READER) as cursor:
