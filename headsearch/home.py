@@ -6,6 +6,7 @@ cache/autoencoders/           pretrained autoencoders
 checkpoints/<study>/<number>/ of trials that are not finished
 data/                         torchvision's data sets
 logs/                         of workers
+gpus/<host>/                  leases of GPUs, where this machine has no /run/headsearch
 
 A database server elsewhere (HEADSEARCH_DATABASE_URL) takes the place of the first.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from pathlib import Path
 
 import platformdirs
@@ -92,6 +94,11 @@ def data_folder(home: Path) -> Path:
 def logs_folder(home: Path) -> Path:
     """Make the folder for logs of workers."""
     return make_folder(home / "logs")
+
+
+def gpu_locks_folder(home: Path) -> Path:
+    """Make the folder for this host's leases of GPUs; the home folder may be shared by several hosts."""
+    return make_folder(home / "gpus" / _plain(socket.gethostname()))
 
 
 def _is_root() -> bool:

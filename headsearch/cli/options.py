@@ -30,7 +30,10 @@ Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda or cu
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of each process.")]
 Workers = Annotated[
     int | None,
-    typer.Option(min=1, help="Processes; by default one per GPU, else one per two cores (at least 2)."),
+    typer.Option(
+        min=1,
+        help="Processes; by default one per GPU and slot, else one per two cores (at least 2).",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 NoCheck = Annotated[

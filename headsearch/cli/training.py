@@ -82,17 +82,20 @@ def worker(
 ) -> None:
     """Train trials of a study that exists, until it is complete.
 
-    As many workers may join as there are machines.
+    As many workers may join as there are machines; on a GPU each holds a lease, and the others wait.
     The first SIGTERM or Ctrl-C ends it after the current epoch, the second at once.
     """
     from headsearch.runtime.bundled import study_name
-    from headsearch.runtime.worker import run_worker
+    from headsearch.runtime.placement import start_worker
 
     name = study_name(study)
-    result = run_worker(
+    result = start_worker(
         name, device=device, threads=threads, count=count, parent=parent, say=lambda line: typer.echo(line)
     )
-    typer.echo(f"{result.ended} trials ended, {result.failed} of them failed")
+    if result is None:
+        typer.echo("left without a GPU: 0 trials ended")
+    else:
+        typer.echo(f"{result.ended} trials ended, {result.failed} of them failed")
 
 
 def train(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from headsearch.errors import InputError
@@ -24,3 +26,15 @@ def pick_device(name: str) -> torch.device:
         there = ", ".join(["cpu", *(f"cuda:{number}" for number in range(count))])
         raise InputError(f"device: {name} is not there; available: {there}")
     return torch.device("cuda", int(index or 0))
+
+
+def cuda_problem() -> str | None:
+    """Why torch has no CUDA device here, in a few words; None if it has one. Starts CUDA."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        if torch.cuda.is_available():
+            return None
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    reasons = [line for warning in said for line in str(warning.message).splitlines()[:1]]
+    return f"torch {torch.__version__} finds no device" + (f" ({reasons[0]})" if reasons else "")

@@ -18,7 +18,17 @@ from headsearch import __version__
 from headsearch.errors import HeadsearchError
 from headsearch.home import home_folder
 from headsearch.runtime.database import check, given_address
-from headsearch.runtime.launcher import cores, default_workers, gpus
+from headsearch.runtime.gpulocks import (
+    SLOTS_VARIABLE,
+    SYSTEM_FOLDER,
+    gpu_slots,
+    hidden_from_others,
+    holders,
+    locks_folder,
+)
+from headsearch.runtime.gpus import VISIBLE, listing, visible_here
+from headsearch.runtime.launcher import cores, default_workers
+from headsearch.runtime.placement import INSTALL
 
 GIB = 1 << 30
 LITTLE_DISK = 5 * GIB
@@ -39,6 +49,7 @@ def examine() -> list[Finding]:
     looks: tuple[Callable[[], Iterator[Finding]], ...] = (
         _versions,
         _devices,
+        _gpus,
         _home,
         _database,
         _data,
@@ -81,15 +92,37 @@ def _devices() -> Iterator[Finding]:
         "ok",
         f"{found.threads} torch threads, {cores()} cores; headsearch run starts {default_workers()} workers",
     )
-    if len(found.devices) == 1 and (listed := gpus()):
-        yield Finding(
-            "cuda",
-            "note",
-            f"nvidia-smi lists {len(listed)} GPUs that torch {found.torch} cannot use",
-            "install a torch built for your driver's CUDA: https://pytorch.org/get-started",
-        )
-    elif len(found.devices) == 1:
+    if len(found.devices) > 1:
+        return
+    if visible := visible_here(listing().gpus):
+        text = f"nvidia-smi lists {len(visible)} GPUs that torch {found.torch} cannot use"
+        yield Finding("cuda", "note", text, INSTALL)
+    else:
         yield Finding("cuda", "note", "no GPU: training runs on the CPU", "use small-resnet and small images")
+
+
+def _gpus() -> Iterator[Finding]:
+    found, slots, folder = listing(), gpu_slots(), locks_folder()
+    if found.problem:
+        yield Finding("gpus", "note", found.problem, "repair the driver, or use --device cpu")
+    if not found.gpus:
+        return
+    for index, gpu in enumerate(visible := visible_here(found.gpus)):
+        text = "; ".join(
+            f"{f'slot {slot} ' if slots > 1 else ''}{f'held by {who} since {who.since}' if who else 'free'}"
+            for slot, who in enumerate(holders(gpu, slots, folder))
+        )
+        yield Finding(f"cuda:{index}", "ok", f"{gpu}: {text}")
+    if not visible:
+        text = f"{VISIBLE}={os.environ.get(VISIBLE)!r} leaves none of {len(found.gpus)} GPUs"
+        yield Finding("gpus", "note", text, f"unset {VISIBLE}, or name GPUs that nvidia-smi -L lists")
+    text = f"leases in {folder}, {slots} for each GPU ({SLOTS_VARIABLE})"
+    if hidden_from_others(folder):
+        yield Finding(
+            "gpu locks", "note", f"{text}; other users do not see them", f"chmod 1777 {SYSTEM_FOLDER}"
+        )
+    else:
+        yield Finding("gpu locks", "ok", text)
 
 
 def _home() -> Iterator[Finding]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Self
 
 from headsearch.home import logs_folder, make_folder
+from headsearch.runtime.placement import gpu_places
 
 RESTARTS = 3
 """Times for each worker of a launch that one which died soon is started again."""
@@ -33,35 +33,26 @@ class ExitedWorker:
     restarted: bool
 
 
-def gpus() -> list[str]:
-    """Names of the CUDA devices that ``nvidia-smi`` lists, without starting CUDA."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
-    listed = subprocess.run([program, "-L"], capture_output=True, text=True, check=False, timeout=60)
-    return [line for line in listed.stdout.splitlines() if line.startswith("GPU ")]
-
-
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def default_workers(device: str = "auto") -> int:
-    """One per GPU; without any, one per two cores but at least two where there are two cores.
+    """One per GPU and slot; without any, one per two cores but at least two where there are two cores.
 
     Two single-threaded workers on two cores train more trials an hour than one with two threads.
+
+    Raises InputError and WorldError as `placement.candidates`.
     """
-    if device != "cpu" and (found := gpus()):
-        return len(found)
-    return max(min(2, cores()), cores() // 2)
+    return gpu_places(device) or max(min(2, cores()), cores() // 2)
 
 
 class LocalWorkers:
     """Starts workers of a study, restarts those that die, stops them when the block ends.
 
     Each has a session of its own, so that Ctrl-C in the terminal reaches them only through us, and
-    leaves by itself when this process is gone. CPU cores are shared out evenly; GPUs in turn.
+    leaves by itself when this process is gone. CPU cores are shared out evenly; of GPUs each takes a lease.
     """
 
     def __init__(
@@ -70,7 +61,6 @@ class LocalWorkers:
         self._study, self._count, self._device = study, workers, device
         self._threads = threads or max(1, cores() // workers)
         self._logs = make_folder(logs_folder(home) / study)
-        self._gpus = len(gpus()) if device == "auto" else 0
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._started_at: dict[int, float] = {}
         self._restarts = 0
@@ -126,9 +116,8 @@ class LocalWorkers:
                 process.wait()
 
     def _start(self, index: int) -> None:
-        device = f"cuda:{index % self._gpus}" if self._gpus else self._device
         command = [sys.executable, "-m", "headsearch", "worker", "--study", self._study]
-        command += ["--device", device, "--threads", str(self._threads), "--parent", str(os.getpid())]
+        command += ["--device", self._device, "--threads", str(self._threads), "--parent", str(os.getpid())]
         # Torch reads these once, at import.
         environment = os.environ | {"OMP_NUM_THREADS": str(self._threads)}
         self._started_at[index] = time.monotonic()

@@ -10,6 +10,7 @@ from typing import Protocol
 from headsearch.errors import HeadsearchError, UnknownStudyError, WorldError
 from headsearch.runtime.launcher import STOP_SECONDS, ExitedWorker, LocalWorkers, default_workers
 from headsearch.runtime.patience import patiently
+from headsearch.runtime.placement import check_device, gpu_places
 from headsearch.runtime.session import Session
 from headsearch.runtime.signals import drain_on_signal
 from headsearch.search import snapshot as snapshots
@@ -52,7 +53,7 @@ class Crew:
     """Which workers to start."""
 
     workers: int | None = None
-    """None: one per GPU, else by the number of cores."""
+    """None: one per GPU and slot, else by the number of cores."""
     device: str = "auto"
     threads: int | None = None
 
@@ -67,6 +68,7 @@ def make_study(
     Raises:
         StudyExistsError: One of this name has another spec.
         InputError: The data cannot be used (`preflight.check`), or the device.
+        WorldError: ``nvidia-smi`` fails or does not answer.
     """
     notes: list[str] = []
     try:
@@ -75,9 +77,7 @@ def make_study(
         existing = None
     if existing is None or not existing.ended:
         if device is not None:
-            from headsearch.core.device import pick_device  # loads torch
-
-            pick_device(device)
+            check_device(device)
         if existing is None and data_check:
             from headsearch.runtime import preflight  # loads torch
 
@@ -101,6 +101,8 @@ def run_study(session: Session, study: Study, crew: Crew, watch: Watcher) -> Run
         return RunResult(first, started=False, interrupted=False, seconds=0.0)
     count = crew.workers or default_workers(crew.device)
     where = f"{count} worker{'s' if count > 1 else ''}, device {crew.device}"
+    if 0 < (places := gpu_places(crew.device)) < count:
+        where += f" ({count - places} wait: the GPUs here take {places} at a time, see HEADSEARCH_GPU_SLOTS)"
     with (
         drain_on_signal(watch.note) as drain,
         LocalWorkers(study.name, count, device=crew.device, threads=crew.threads, home=session.home) as pool,

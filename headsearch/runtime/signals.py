@@ -19,6 +19,8 @@ class Drain(threading.Event):
 
     def __init__(self) -> None:
         super().__init__()
+        self.answer = "finishing this epoch, then giving the trial back"
+        """What the first signal makes this process do, for people."""
         self._since: float | None = None
 
     def set(self) -> None:
@@ -57,10 +59,7 @@ def drain_on_signal(say: Callable[[str], None], *, parent: int | None = None) ->
             if heard > 1:
                 os._exit(INTERRUPTED)
             drain.set()
-            say(
-                f"{signal.Signals(content[0]).name}: finishing this epoch, then giving the trial back; "
-                "again to abort"
-            )
+            say(f"{signal.Signals(content[0]).name}: {drain.answer}; again to abort")
 
     def watch_parent(pid: int) -> None:
         while not drain.wait(1.0):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -40,6 +41,7 @@ from headsearch.errors import (
 )
 from headsearch.runtime.completion import completed
 from headsearch.runtime.endings import Endings
+from headsearch.runtime.gpulocks import GpuLease
 from headsearch.runtime.keeper import LeaseKeeper
 from headsearch.runtime.lines import first_line, unbreakable
 from headsearch.runtime.patience import patiently
@@ -91,6 +93,8 @@ def run_worker(
     count: int | None = None,
     parent: int | None = None,
     say: Callable[[str], None] = logger.info,
+    lease: GpuLease | None = None,
+    drain: Drain | None = None,
 ) -> WorkerResult:
     """Work on a study until it is complete, `count` trials have ended, or a signal asks to stop.
 
@@ -101,6 +105,8 @@ def run_worker(
         count: Trials to end before leaving.
         parent: Leave once this process is no longer our parent.
         say: Gets one line per event.
+        lease: Of the GPU that is `device`, where it has one.
+        drain: Hears the signals, where somebody listens for them already.
 
     Raises:
         UnknownStudyError: There is no such study.
@@ -111,11 +117,15 @@ def run_worker(
     set_threads(threads)
     chosen = pick_device(device)
     say = unbreakable(say)
-    with drain_on_signal(say, parent=parent) as drain, open_session() as session:
+    hearing = nullcontext(drain) if drain else drain_on_signal(say, parent=parent)
+    with hearing as drain, open_session() as session:
         study = studies.get(session.database, name)
         steering.check_version(study)
-        label = f"{device_label(chosen)}, {torch.get_num_threads()} threads"
+        on = f"{device_label(chosen)} {lease}" if lease else device_label(chosen)
+        label = f"{on}, {torch.get_num_threads()} threads"
         worker_id = workers.register(session.database, study, device=label, threads=torch.get_num_threads())
+        if lease:
+            lease.sign(worker_id)
         say(f"worker {worker_id} on {label}, study {name}")
         keeper = LeaseKeeper(session, study, worker_id, say)
         with keeper.running():

@@ -208,6 +208,7 @@ def tell_decided(database: Database, study: Study, number: int) -> None:
     attributes = {
         "seed": row.seed,
         "worker": row.worker_id,
+        "host": row.worker_id and row.worker_id.rsplit(":", 2)[0],
         "device": row.device,
         "epochs": row.epoch,
         "projection_dim": row.projection_dim,
