@@ -90,6 +90,7 @@ def run_worker(
     threads: int | None = None,
     count: int | None = None,
     parent: int | None = None,
+    drained_exit_code: int = 0,
     say: Callable[[str], None] = logger.info,
 ) -> WorkerResult:
     """Work on a study until it is complete, `count` trials have ended, or a signal asks to stop.
@@ -100,6 +101,7 @@ def run_worker(
         threads: Of torch on the CPU; all cores by default.
         count: Trials to end before leaving.
         parent: Leave once this process is no longer our parent.
+        drained_exit_code: With which the process ends if it is asked to stop and a step does not end in time.
         say: Gets one line per event.
 
     Raises:
@@ -112,6 +114,7 @@ def run_worker(
     chosen = pick_device(device)
     say = unbreakable(say)
     with drain_on_signal(say, parent=parent) as drain, open_session() as session:
+        drain.exit_code = drained_exit_code
         study = studies.get(session.database, name)
         steering.check_version(study)
         label = f"{device_label(chosen)}, {torch.get_num_threads()} threads"
