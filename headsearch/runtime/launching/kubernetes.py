@@ -46,8 +46,8 @@ def plan(spec: StudySpec, wanted: Wanted, *, dry_run: bool) -> Plan:
             raise WorldError("--on kubernetes: there is no kubectl here; --dry-run prints the manifests")
         if given_url() is None:
             raise InputError(
-                f"{URL_VARIABLE}: must name the PostgreSQL that the pods use, as it is reached from here, such "
-                "as through kubectl port-forward; the embedded server answers on this host only"
+                f"{URL_VARIABLE}: must name the PostgreSQL that the pods use, as it is reached from here, "
+                "such as through kubectl port-forward; the embedded server answers on this host only"
             )
     content = kustomize.text(documents)
     chosen = ["--namespace", wanted.namespace] if wanted.namespace else []
@@ -164,9 +164,9 @@ def _notes(spec: StudySpec, wanted: Wanted, overlay: str) -> tuple[str, ...]:
     notes = []
     if wanted.claim is None and spec.worker.checkpoint_store is None:
         notes.append(
-            "checkpoints end with their pod, and a trial whose pod is lost is trained again from epoch 1: set "
-            "worker.checkpoint_store = 's3://bucket/prefix' in the study, or --claim a volume that all pods "
-            "share"
+            "checkpoints end with their pod, and a trial whose pod is lost is trained again from epoch 1: "
+            "set worker.checkpoint_store = 's3://bucket/prefix' in the study, or --claim a volume that all "
+            "pods share"
         )
     if overlay == "spot" and spec.worker.drain_seconds + 10 > SPOT_SECONDS:
         notes.append(

@@ -1,8 +1,8 @@
 """Reads the kustomize overlays that come with headsearch, with no kustomize at hand.
 
 Of kustomize's format this is what they use: ``resources`` that are files or folders, and ``patches`` that are
-JSON patches (RFC 6902) with a ``target.kind``. Anything else is refused, so that what kubectl would make of an
-overlay and what we make of it cannot differ in silence; a test compares the two.
+JSON patches (RFC 6902) with a ``target.kind``. Anything else is refused, so that what kubectl would make of
+an overlay and what we make of it cannot differ in silence; a test compares the two.
 """
 
 from __future__ import annotations

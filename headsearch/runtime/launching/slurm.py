@@ -1,9 +1,9 @@
 """Workers as tasks of a Slurm job array, through submitit.
 
 submitit writes the batch script, submits it and counts requeues. Three things are ours. The task runs
-without ``srun``, which kills its step when it hears SIGTERM. The batch shell execs Python, so that the process
-which Slurm signals ahead of the limit is ours. The signal goes to that process alone (``B:``), early enough
-to drain.
+without ``srun``, which kills its step when it hears SIGTERM. The batch shell execs Python, so that the
+process which Slurm signals ahead of the limit is ours. The signal goes to that process alone (``B:``), early
+enough to drain.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ REQUEUES = 1000
 """Times that a task which reached its limit is put back."""
 TAKEN = {
     "array": "--workers says how many", "job-name": "it is the study's",
-    "output": "logs are in the home folder", "error": "logs are in the home folder", "open-mode": "a requeued task goes on with its log",
+    "output": "logs are in the home folder", "error": "logs are in the home folder",
+    "open-mode": "a requeued task goes on with its log",
     "signal": "the study's worker.drain_seconds says how early", "time": "use --minutes",
     "partition": "use --partition", "account": "use --account", "cpus-per-task": "use --cpus",
     "mem": "use --memory-gb", "gres": "use --gpus", "gpus": "use --gpus", "gpus-per-task": "use --gpus",

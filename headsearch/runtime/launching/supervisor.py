@@ -1,9 +1,9 @@
 """One worker process, started again when it dies, told to stop once.
 
 Run as ``python -m headsearch.runtime.launching.supervisor worker --study NAME ...``, and called by the tasks
-of a Slurm job. A signal that reaches us is passed on as a notice, which the worker takes as often as it comes:
-Slurm signals all processes of a job at a requeue and only its first one ahead of a time limit, so the worker
-may or may not have been told already.
+of a Slurm job. A signal that reaches us is passed on as a notice, which the worker takes as often as it
+comes: Slurm signals all processes of a job at a requeue and only its first one ahead of a time limit, so
+the worker may or may not have been told already.
 """
 
 from __future__ import annotations
