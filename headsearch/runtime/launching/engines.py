@@ -53,10 +53,13 @@ class Plan:
 class Engine(Protocol):
     """Starts workers on something."""
 
-    def __call__(self, spec: StudySpec, wanted: Wanted, *, dry_run: bool) -> Plan:
-        """Check everything and say what will be done, without doing any of it.
+    def check(self, wanted: Wanted, *, dry_run: bool) -> None:
+        """Look at what is asked for, before any database is.
 
         Raises:
-            InputError: Something asked for cannot be done; the message names the option or variable.
+            InputError: Something cannot be done; the message names the option or variable.
             WorldError: The engine is not here, unless it is a dry run.
         """
+
+    def plan(self, spec: StudySpec, wanted: Wanted, *, dry_run: bool) -> Plan:
+        """Say what will be done, without doing any of it. Raises as `check` does."""

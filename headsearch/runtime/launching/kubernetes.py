@@ -30,17 +30,14 @@ _POD = "/spec/template/spec"
 _WORKER = f"{_POD}/containers/0"
 
 
-def plan(spec: StudySpec, wanted: Wanted, *, dry_run: bool) -> Plan:
-    """Plan a Job of as many pods as workers, a budget for their disruption, and a network policy."""
+def check(wanted: Wanted, *, dry_run: bool) -> None:
+    """Refuse names that Kubernetes does not take, and a database that only this host has."""
     if wanted.workers is None:
         raise InputError("--workers: needed with --on kubernetes: the number of pods")
+    _check_names(wanted)
     if importlib.util.find_spec("jsonpatch") is None:
         raise WorldError("--on kubernetes needs jsonpatch: pip install 'headsearch[kubernetes]'")
-    overlay = wanted.overlay or OVERLAY
-    documents = kustomize.patched(kustomize.read_overlay(overlay), patches(spec, wanted))
-    image = next(one for one in documents if one["kind"] == "Job")["spec"]["template"]["spec"]["containers"][
-        0
-    ]
+    kustomize.read_overlay(wanted.overlay or OVERLAY)
     if not dry_run:
         if shutil.which("kubectl") is None:
             raise WorldError("--on kubernetes: there is no kubectl here; --dry-run prints the manifests")
@@ -49,6 +46,14 @@ def plan(spec: StudySpec, wanted: Wanted, *, dry_run: bool) -> Plan:
                 f"{URL_VARIABLE}: must name the PostgreSQL that the pods use, as it is reached from here, "
                 "such as through kubectl port-forward; the embedded server answers on this host only"
             )
+
+
+def plan(spec: StudySpec, wanted: Wanted, *, dry_run: bool) -> Plan:
+    """Plan a Job of as many pods as workers, a budget for their disruption, and a network policy."""
+    overlay = wanted.overlay or OVERLAY
+    documents = kustomize.patched(kustomize.read_overlay(overlay), patches(spec, wanted))
+    job = next(document for document in documents if document["kind"] == "Job")
+    worker = job["spec"]["template"]["spec"]["containers"][0]
     content = kustomize.text(documents)
     chosen = ["--namespace", wanted.namespace] if wanted.namespace else []
     name = job_name(spec.name)
@@ -65,8 +70,8 @@ def plan(spec: StudySpec, wanted: Wanted, *, dry_run: bool) -> Plan:
     checkpoints = "in a folder of each pod" if wanted.claim is None else f"in the claim {wanted.claim}"
     return Plan(
         (
-            ("workers", f"{wanted.workers} pods of Job {name}, overlay {overlay}, image {image['image']}"),
-            ("command", " ".join([*image["command"], *image["args"]])),
+            ("workers", f"{wanted.workers} pods of Job {name}, overlay {overlay}, image {worker['image']}"),
+            ("command", " ".join([*worker["command"], *worker["args"]])),
             ("cluster", f"{_context(dry_run=dry_run)}, namespace {wanted.namespace or 'of the context'}"),
             ("database", "the URL in secret headsearch-database, key url, mounted as a file"),
             ("files", f"checkpoints {spec.worker.checkpoint_store or checkpoints}; S3 keys in headsearch-s3"),
@@ -87,13 +92,8 @@ def job_name(study: str) -> str:
 
 
 def patches(spec: StudySpec, wanted: Wanted) -> dict[str, Operations]:
-    """The JSON patch of each kind that makes an overlay's manifests those of this study.
-
-    Raises:
-        InputError: An option's value is nothing that Kubernetes takes.
-    """
+    """The JSON patch of each kind that makes an overlay's manifests those of this study."""
     name, workers = job_name(spec.name), wanted.workers or 1
-    _check(wanted)
     own: Operations = [
         _set("/metadata/name", name),
         _set("/metadata/labels/app.kubernetes.io~1instance", name),
@@ -142,7 +142,7 @@ def grace_seconds(spec: StudySpec) -> int:
     return math.ceil(spec.worker.drain_seconds + STOP_SECONDS)
 
 
-def _check(wanted: Wanted) -> None:
+def _check_names(wanted: Wanted) -> None:
     for option, value, form, like in (
         ("--image", wanted.image, _IMAGE, "registry.lab/headsearch:0.1.0"),
         ("--namespace", wanted.namespace, _LABEL, "vision-lab"),

@@ -19,7 +19,7 @@ from headsearch.search import studies
 from headsearch.spec import StudySpec
 from headsearch.study_file import load_study
 
-ENGINES: dict[str, Engine] = {"local": local.plan, "slurm": slurm.plan, "kubernetes": kubernetes.plan}
+ENGINES: dict[str, Engine] = {"local": local, "slurm": slurm, "kubernetes": kubernetes}
 _OF: dict[str, tuple[str, ...]] = {
     "cpus": ("slurm", "kubernetes"),
     "memory_gb": ("slurm", "kubernetes"),
@@ -75,8 +75,9 @@ def launch(
     if engine not in ENGINES:
         raise InputError(f"--on: {engine!r} is not known; local, slurm or kubernetes")
     _fits(engine, wanted)
+    ENGINES[engine].check(wanted, dry_run=dry_run)
     source = _find(word, overrides, dry_run=dry_run)
-    plan: Plan = ENGINES[engine](source.spec, wanted, dry_run=dry_run)
+    plan: Plan = ENGINES[engine].plan(source.spec, wanted, dry_run=dry_run)
     made = f"is made from {source.file}, or resumed if it is there" if source.file else "is in the database"
     lines = [f"{label:<11}{text}" for label, text in (("study", f"{source.spec.name}, {made}"), *plan.lines)]
     lines += [f"note: {note}" for note in plan.notes]

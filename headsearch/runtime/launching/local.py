@@ -18,7 +18,11 @@ from headsearch.runtime.session import Session
 from headsearch.spec import StudySpec
 
 
-def plan(spec: StudySpec, wanted: Wanted, *, dry_run: bool) -> Plan:  # noqa: ARG001  nothing to look for
+def check(wanted: Wanted, *, dry_run: bool) -> None:
+    """Find nothing wrong: who makes the study looks at the device."""
+
+
+def plan(spec: StudySpec, wanted: Wanted, *, dry_run: bool) -> Plan:  # noqa: ARG001  the same
     """Plan one supervised process a worker, which outlives this command and the terminal."""
     device = wanted.device or "auto"
     count = wanted.workers or default_workers(device)

@@ -44,15 +44,21 @@ TAKEN = {
 _KEY = re.compile(r"[a-z][a-z0-9-]*")
 
 
-def plan(spec: StudySpec, wanted: Wanted, *, dry_run: bool) -> Plan:
-    """Plan a job array of one worker a task."""
+def check(wanted: Wanted, *, dry_run: bool) -> None:
+    """Refuse options that sbatch is not to get, a database that nodes do not reach, a password on its way."""
     if wanted.workers is None:
         raise InputError("--workers: needed with --on slurm: the number of tasks of the job array")
+    _extra(wanted.slurm)
+    nodes.no_password_exported()
     if not dry_run:
         _installed()
-    nodes.no_password_exported()
+    _reachable(wanted.partition)
+
+
+def plan(spec: StudySpec, wanted: Wanted, *, dry_run: bool) -> Plan:  # noqa: ARG001  the same
+    """Plan a job array of one worker a task."""
+    count = wanted.workers or 1
     extra = _extra(wanted.slurm)
-    here = _reachable(wanted.partition)
     device = wanted.device or ("auto" if wanted.gpus else "cpu")
     words = ("worker", "--study", spec.name, "--device", device)
     home = home_folder()
@@ -75,11 +81,11 @@ def plan(spec: StudySpec, wanted: Wanted, *, dry_run: bool) -> Plan:
             f"--minutes: {options['time']} leaves no time to train: a task is told to drain {drain} s ahead, "
             f"so at least {math.ceil(2 * drain / 60)}"
         )
-    notes = _notes(spec, home, here=here)
+    notes = _notes(spec, home, shared=bool(_alone(wanted.partition)))
 
     def start(_: Session) -> list[str]:
         job = _submit(make_folder(logs_folder(home) / spec.name / "slurm"), words, wanted, options, home)
-        tasks = "_<task>" if (wanted.workers or 1) > 1 else ""
+        tasks = "_<task>" if count > 1 else ""
         return [
             f"submitted as job {job}, logs {logs}/{job}{tasks}_0_log.out",
             f"see them: squeue -j {job}; headsearch study status {spec.name}",
@@ -90,8 +96,8 @@ def plan(spec: StudySpec, wanted: Wanted, *, dry_run: bool) -> Plan:
     command = f"headsearch {shlex.join(words)} --threads {wanted.threads or options['cpus-per-task']}"
     return Plan(
         (
-            ("workers", f"{wanted.workers}, each a task of one Slurm job array: {command}"),
-            ("sbatch", f"--array=0-{wanted.workers - 1} {flags}"),
+            ("workers", f"{count}, each a task of one Slurm job array: {command}"),
+            ("sbatch", f"--array=0-{count - 1} {flags}" if count > 1 else flags),
             ("database", nodes.database_line()),
             ("files", f"home {home}, logs in {logs}; nodes must see them there, and {sys.executable}"),
             ("limit", f"{drain} s before it a worker drains, then its task is requeued and goes on"),
@@ -131,14 +137,18 @@ def _extra(given: tuple[str, ...]) -> dict[str, Any]:
     return found
 
 
-def _reachable(partition: str | None) -> bool | None:
-    """Refuse a database that nodes cannot reach; whether this host is the only node, None where unknown."""
-    hosts = _hosts(partition)
-    here = None if hosts is None else hosts <= {socket.gethostname(), socket.gethostname().split(".")[0]}
-    url = given_url()
-    if not nodes.local_only(url) or here is None:
-        return here
-    if not here:
+def _alone(partition: str | None) -> bool | None:
+    """Whether this host is the only node; None where there is no Slurm to ask."""
+    hosts, own = _hosts(partition), socket.gethostname()
+    return None if hosts is None else hosts <= {own, own.split(".")[0]}
+
+
+def _reachable(partition: str | None) -> None:
+    """Refuse a database that nodes cannot reach."""
+    url, alone = given_url(), _alone(partition)
+    if not nodes.local_only(url) or alone is None:
+        return
+    if not alone:
         raise InputError(
             f"{URL_VARIABLE} or {FILE_VARIABLE}: must name a PostgreSQL that the nodes reach; "
             + ("the embedded server" if url is None else "this address")
@@ -151,7 +161,6 @@ def _reachable(partition: str | None) -> bool | None:
                 "the embedded server must outlive the tasks that use it: run headsearch db start first, or "
                 f"set {URL_VARIABLE}"
             )
-    return here
 
 
 def _hosts(partition: str | None) -> set[str] | None:
@@ -177,9 +186,9 @@ def _ask(*command: str) -> str:
     return done.stdout
 
 
-def _notes(spec: StudySpec, home: Path, *, here: bool | None) -> tuple[str, ...]:
+def _notes(spec: StudySpec, home: Path, *, shared: bool) -> tuple[str, ...]:
     notes = []
-    if not here and spec.worker.checkpoint_store is None:
+    if not shared and spec.worker.checkpoint_store is None:
         notes.append(f"checkpoints are in {home}: if nodes do not share it, set worker.checkpoint_store")
     if (
         shutil.which("scontrol")

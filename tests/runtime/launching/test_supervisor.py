@@ -50,7 +50,12 @@ def stand_in(tmp_path, monkeypatch):
     def put(script, **variables):
         (package / "__main__.py").write_text(script)
         # The stand-in comes before the checkout, which a supervisor's own process would else find here.
-        environment = {"PYTHONPATH": str(package.parent), "PYTHONSAFEPATH": "1", "BEGUN": str(begun), **variables}
+        environment = {
+            "PYTHONPATH": str(package.parent),
+            "PYTHONSAFEPATH": "1",
+            "BEGUN": str(begun),
+            **variables,
+        }
         return begun, environment
 
     return put
