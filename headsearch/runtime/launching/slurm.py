@@ -8,6 +8,7 @@ enough to drain.
 
 from __future__ import annotations
 
+import io
 import math
 import re
 import shlex
@@ -15,6 +16,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -231,7 +233,8 @@ def _submit(folder: Path, words: tuple[str, ...], wanted: Wanted, options: dict[
         additional_parameters=options,
     )
     try:
-        with executor.batch():
+        # submitit prints what sbatch says besides raising it.
+        with redirect_stderr(io.StringIO()), executor.batch():
             jobs = [executor.submit(task) for _ in range(wanted.workers or 1)]
     except (FailedJobError, FailedSubmissionError) as error:
         said = [line for line in str(error).splitlines() if line.strip()]

@@ -5,8 +5,9 @@ One node is enough, and its database may be on it. Nothing here waits for a time
 
 from __future__ import annotations
 
+import fcntl
 import subprocess
-import time
+import tempfile
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -15,12 +16,11 @@ from processes import Command
 from slurm_cluster import launch, slurm
 from test_worker import read, wait_for
 
-from headsearch.runtime.launching.supervisor import DRAINED
 from headsearch.runtime.session import open_session
 from headsearch.runtime.verifying import verify
 
 pytestmark = [
-    pytest.mark.slurm, pytest.mark.postgres, pytest.mark.slow, pytest.mark.hostile, pytest.mark.timeout(900),
+    pytest.mark.slurm, pytest.mark.postgres, pytest.mark.slow, pytest.mark.hostile, pytest.mark.timeout(2400),
 ]  # fmt: skip
 ROOT = Path(__file__).resolve().parents[3]
 STUDY = """
@@ -36,6 +36,14 @@ encoder.width = 4
 training = {{ batch_size = 64, precision = "fp32" }}
 probe = {{ report_images = 200, report_iterations = 5, iterations = 20, penalties = [1e-2] }}
 """
+
+
+@pytest.fixture(autouse=True)
+def one_test_at_a_time():
+    """The cluster may be one small node: tasks of two tests would wait for each other's CPUs."""
+    with (Path(tempfile.gettempdir()) / "headsearch-tests-slurm.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture
@@ -119,9 +127,8 @@ def test_a_task_that_nears_its_limit_drains_and_is_requeued(start, url_in_a_file
     assert " given back" in job.log(1)
     assert "Requeued job" in job.log(1)
     # It comes back by itself, and takes a trial up where it was.
-    began = time.monotonic()
-    wait_for(lambda: job.log(1).count("worker ") >= 2 and " adopted at epoch " in job.log(1), 400)
-    assert job.field(1, "JobState") == "RUNNING", time.monotonic() - began
+    wait_for(lambda: " adopted at epoch " in job.log(1).split("Requeued job")[1], 400)
+    assert job.field(1, "JobState") == "RUNNING"
     with open_session() as session:
         assert all(trial.losses == 0 for trial in read(session, "limited").trials)
 
@@ -137,4 +144,3 @@ def test_a_cancelled_job_gives_its_trials_back(start, url_in_a_file):
         assert (trial.state, trial.losses) == ("orphaned", 0)
         assert read(session, "cancelled").workers == ()
     assert " given back" in log.read_text()
-    assert DRAINED == 143
