@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import os
 import shutil
+import subprocess
 import tempfile
 import uuid
 import warnings
@@ -62,14 +63,21 @@ def missing_for(marker: str) -> str | None:
             return "no Chromium: install one or set HEADSEARCH_CHROMIUM"
     if marker == "containers" and not (shutil.which("docker") and shutil.which("docker-compose")):
         return "no docker and docker-compose"
-    if marker == "slurm" and not (shutil.which("sbatch") and shutil.which("squeue")):
-        return "no Slurm"
+    if marker == "slurm":
+        return _no_slurm()
     if marker == "gpu":
         import torch
 
         if not torch.cuda.is_available():
             return "no CUDA device"
     return None
+
+
+def _no_slurm() -> str | None:
+    if not shutil.which("sbatch") or not shutil.which("sinfo"):
+        return "no Slurm"
+    asked = subprocess.run(["sinfo", "-h", "-o", "%T"], capture_output=True, text=True, check=False)
+    return None if asked.stdout.strip() else f"Slurm has no nodes: {asked.stderr.strip() or 'none listed'}"
 
 
 @contextmanager

@@ -79,23 +79,35 @@ def worker(
     threads: Threads = None,
     count: Annotated[int | None, typer.Option(min=1, help="Leave after this many trials have ended.")] = None,
     parent: Annotated[int | None, typer.Option(hidden=True)] = None,
+    drained_exit_code: Annotated[
+        int,
+        typer.Option(
+            min=0, max=255, metavar="CODE", help="Exit code where a signal ended it, not the study."
+        ),
+    ] = 0,
 ) -> None:
     """Train trials of a study that exists, until it is complete.
 
     As many workers may join as there are machines; on a GPU each holds a lease, and the others wait.
-    The first SIGTERM or Ctrl-C ends it after the current epoch, the second at once.
+    The first SIGTERM or Ctrl-C ends it after the current epoch, the second at once. SIGUSR1 and SIGUSR2 are
+    taken like the first, however often they come.
     """
     from headsearch.runtime.bundled import study_name
     from headsearch.runtime.placement import start_worker
 
     name = study_name(study)
     result = start_worker(
-        name, device=device, threads=threads, count=count, parent=parent, say=lambda line: typer.echo(line)
+        name,
+        device=device,
+        threads=threads,
+        count=count,
+        parent=parent,
+        drained_exit_code=drained_exit_code,
+        say=lambda line: typer.echo(line),
     )
-    if result is None:
-        typer.echo("left without a GPU: 0 trials ended")
-    else:
-        typer.echo(f"{result.ended} trials ended, {result.failed} of them failed")
+    typer.echo(f"{result.ended} trials ended, {result.failed} of them failed")
+    if result.drained and drained_exit_code:
+        raise typer.Exit(drained_exit_code)
 
 
 def train(

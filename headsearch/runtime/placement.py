@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from headsearch.errors import DatabaseError, InputError, WorldError
 from headsearch.runtime.gpulocks import (
@@ -27,10 +27,8 @@ from headsearch.runtime.gpulocks import (
 )
 from headsearch.runtime.gpus import ORDER, PROGRAM, VISIBLE, Gpu, Listing, listing, visible_here
 from headsearch.runtime.lines import unbreakable
+from headsearch.runtime.result import WorkerResult
 from headsearch.runtime.signals import Drain, drain_on_signal
-
-if TYPE_CHECKING:
-    from headsearch.runtime.worker import WorkerResult
 
 LOOK_SECONDS = 0.5
 """Between two looks for a free GPU."""
@@ -55,12 +53,13 @@ def start_worker(
     threads: int | None = None,
     count: int | None = None,
     parent: int | None = None,
+    drained_exit_code: int = 0,
     say: Callable[[str], None],
-) -> WorkerResult | None:
+) -> WorkerResult:
     """Wait for a GPU where `device` asks for one, then work (`worker.run_worker`).
 
-    The lease is kept until this process ends, for as long as it has anything on the GPU. None if it left
-    while it waited: after a signal, or because the study had ended.
+    The lease is kept until this process ends, for as long as it has anything on the GPU. A worker may leave
+    while it waits: after a signal, or because the study had ended.
 
     Raises:
         InputError: The device is not there, or torch cannot use it.
@@ -71,7 +70,8 @@ def start_worker(
         working, drain.answer = drain.answer, "leaving"
         place = find_place(device, drain, say, wanted=partial(_wanted, name, say))
         if place is None:
-            return None
+            say("left without a GPU")
+            return WorkerResult(0, 0, drained=drain.is_set())
         from headsearch.runtime.worker import run_worker  # loads torch
 
         place = settled(place, device, say)
@@ -82,6 +82,7 @@ def start_worker(
             threads=threads,
             count=count,
             parent=parent,
+            drained_exit_code=drained_exit_code,
             say=say,
             lease=place.lease,
             drain=drain,

@@ -156,7 +156,7 @@ class Watch:
             attempt.join(ESCAPE_SECONDS)
             if stop.is_set():  # it moved after all, and heard that the trial is not its own any more
                 return
-            os._exit(EXIT_STUCK if reason else 0)
+            os._exit(EXIT_STUCK if reason else self._drain.exit_code)
 
     def _late(self, now: float) -> bool:
         limit, began = self._spec.epoch_limit_minutes, self._epoch_began

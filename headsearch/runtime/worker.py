@@ -46,6 +46,7 @@ from headsearch.runtime.keeper import LeaseKeeper
 from headsearch.runtime.lines import first_line, unbreakable
 from headsearch.runtime.patience import patiently
 from headsearch.runtime.removal import forget_all, forget_checkpoints
+from headsearch.runtime.result import WorkerResult
 from headsearch.runtime.session import Session, open_session
 from headsearch.runtime.signals import Drain, drain_on_signal
 from headsearch.runtime.watch import Watch
@@ -60,18 +61,6 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
 """Between two looks for work while others train."""
-
-
-@dataclass(frozen=True)
-class WorkerResult:
-    """What a worker did."""
-
-    ended: int
-    """Trials that it brought to an end."""
-    failed: int
-    """Of those, failures."""
-    drained: bool
-    """It was asked to stop before the study was complete."""
 
 
 @dataclass
@@ -92,6 +81,7 @@ def run_worker(
     threads: int | None = None,
     count: int | None = None,
     parent: int | None = None,
+    drained_exit_code: int = 0,
     say: Callable[[str], None] = logger.info,
     lease: GpuLease | None = None,
     drain: Drain | None = None,
@@ -104,6 +94,7 @@ def run_worker(
         threads: Of torch on the CPU; all cores by default.
         count: Trials to end before leaving.
         parent: Leave once this process is no longer our parent.
+        drained_exit_code: With which the process ends if it is asked to stop and a step does not end in time.
         say: Gets one line per event.
         lease: Of the GPU that is `device`, where it has one.
         drain: Hears the signals, where somebody listens for them already.
@@ -119,6 +110,7 @@ def run_worker(
     say = unbreakable(say)
     hearing = nullcontext(drain) if drain else drain_on_signal(say, parent=parent)
     with hearing as drain, open_session() as session:
+        drain.exit_code = drained_exit_code
         study = studies.get(session.database, name)
         steering.check_version(study)
         on = f"{device_label(chosen)} {lease}" if lease else device_label(chosen)

@@ -23,7 +23,7 @@ HEAVY = (
 )
 LOADED = "import sys; from headsearch.cli.app import run; code = run(sys.argv[1:]); print(*sys.modules); sys.exit(code)"
 COMMANDS = [
-    [], ["run"], ["worker"], ["train"], ["heads"], ["dashboard"], ["doctor"],
+    [], ["run"], ["worker"], ["launch"], ["train"], ["heads"], ["dashboard"], ["doctor"],
     ["study"], *(["study", name] for name in ("create", "list", "show", "front", "delete", "schema")),
     ["db"], *(["db", name] for name in ("start", "stop", "status", "url")),
 ]  # fmt: skip
@@ -99,7 +99,27 @@ def test_the_options_are_these() -> None:
     walk(typer.main.get_command(app), "")
     assert found == {
         "run": ["--device", "--json", "--no-check", "--set", "--threads", "--workers"],
-        "worker": ["--count", "--device", "--study", "--threads"],
+        "launch": [
+            "--account",
+            "--claim",
+            "--cpus",
+            "--device",
+            "--dry-run",
+            "--gpus",
+            "--image",
+            "--memory-gb",
+            "--minutes",
+            "--namespace",
+            "--no-check",
+            "--on",
+            "--overlay",
+            "--partition",
+            "--set",
+            "--slurm",
+            "--threads",
+            "--workers",
+        ],
+        "worker": ["--count", "--device", "--drained-exit-code", "--study", "--threads"],
         "train": ["--device", "--json", "--seed", "--set", "--threads"],
         "dashboard": ["--auth-file", "--host", "--port", "--writable"],
         "doctor": ["--json", "--worker"],

@@ -26,7 +26,9 @@ def run(*command: str, check: bool = True, environment: dict[str, str] | None = 
     done = subprocess.run(
         command, capture_output=True, text=True, env=environment, check=False, timeout=1500, errors="replace"
     )
-    assert not check or done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
+    assert not check or done.returncode == 0, (
+        f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
+    )
     return done.stdout
 
 
@@ -75,7 +77,9 @@ class Stack:
             file.chmod(0o644)
         self._files = [argument for file in (COMPOSE, *files) for argument in ("-f", str(file))]
         self._environment = {
-            name: value for name, value in os.environ.items() if not name.startswith(("HEADSEARCH_", "COMPOSE_"))
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("HEADSEARCH_", "COMPOSE_"))
         } | {
             "COMPOSE_PROJECT_NAME": self.name,
             "HEADSEARCH_SECRETS": str(kept),
@@ -99,12 +103,17 @@ class Stack:
 
     def containers(self, service: str, *, running: bool = False) -> list[str]:
         """Ids of the containers of a service, running ones or all."""
-        labels = [f"label=com.docker.compose.{key}" for key in (f"project={self.name}", f"service={service}", "oneoff=False")]
+        labels = [
+            f"label=com.docker.compose.{key}"
+            for key in (f"project={self.name}", f"service={service}", "oneoff=False")
+        ]
         filters = [argument for label in labels for argument in ("--filter", label)]
         return docker("ps", "-q", "--no-trunc", *([] if running else ["-a"]), *filters).split()
 
     def all_containers(self) -> list[str]:
-        return docker("ps", "-aq", "--no-trunc", "--filter", f"label=com.docker.compose.project={self.name}").split()
+        return docker(
+            "ps", "-aq", "--no-trunc", "--filter", f"label=com.docker.compose.project={self.name}"
+        ).split()
 
     def get(self, path: str) -> tuple[int, str]:
         """Status and body of a page of the dashboard; status 0 while nobody answers."""

@@ -33,7 +33,9 @@ def check_schema(*files: Path) -> subprocess.CompletedProcess[str]:
 
 def check_security(*files: Path) -> subprocess.CompletedProcess[str]:
     exceptions = DOCKER / ".compose-lint.yml"
-    return tool("compose-lint", "check", "--strict-config", "--fail-on", "low", "--config", exceptions, *files)
+    return tool(
+        "compose-lint", "check", "--strict-config", "--fail-on", "low", "--config", exceptions, *files
+    )
 
 
 @pytest.fixture
