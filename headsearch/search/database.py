@@ -75,7 +75,8 @@ def with_password_of(url: URL, arguments: dict[str, Any], password_file: Path | 
     if password_file is None:
         return {"connect_args": arguments}
     file = password_file
-    named: dict[str, Any] = {**url.translate_connect_args(database="dbname", username="user"), **url.query}
+    named: dict[str, Any] = url.translate_connect_args(database="dbname", username="user")
+    named |= {key: text if isinstance(text, str) else ",".join(text) for key, text in url.query.items()}
 
     def connect() -> Any:
         try:

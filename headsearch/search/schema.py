@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from optuna.storages import RDBStorage
 from sqlalchemy import Connection, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, ProgrammingError
 
 from headsearch import __version__
 from headsearch.errors import AccessError, DatabaseError
@@ -208,6 +208,16 @@ def _settle_search_path(connection: Connection) -> None:
 
 
 def _version(connection: Connection) -> int:
-    if connection.scalar(text("SELECT to_regclass('headsearch.migrations')")) is None:
-        return 0
-    return int(connection.scalar(text("SELECT coalesce(max(version), 0) FROM headsearch.migrations")) or 0)
+    try:
+        if connection.scalar(text("SELECT to_regclass('headsearch.migrations')")) is None:
+            return 0
+        return int(
+            connection.scalar(text("SELECT coalesce(max(version), 0) FROM headsearch.migrations")) or 0
+        )
+    except ProgrammingError as error:
+        if getattr(error.orig, "pgcode", None) != "42501":
+            raise
+        raise AccessError(
+            f"role {connection.engine.url.username} may not read headsearch's tables: their owner must run "
+            "headsearch db migrate"
+        ) from error

@@ -121,7 +121,14 @@ def test_the_options_are_these() -> None:
         ],
         "worker": ["--count", "--device", "--drained-exit-code", "--study", "--threads"],
         "train": ["--device", "--json", "--seed", "--set", "--threads"],
-        "dashboard": ["--auth-file", "--host", "--port", "--writable"],
+        "dashboard": [
+            "--auth-file",
+            "--host",
+            "--port",
+            "--trusted-header",
+            "--trusted-proxy",
+            "--writable",
+        ],
         "doctor": ["--json", "--worker"],
         "heads": ["--encoder", "--json", "--markdown"],
         "study verify": ["--json"],
@@ -143,6 +150,7 @@ def test_the_options_are_these() -> None:
         "db stop": ["--force", "--json"],
         "db status": ["--json"],
         "db url": ["--json", "--reader"],
+        "db migrate": ["--json", "--reader-password-file", "--worker-password-file"],
         "db backup": ["--force", "--json"],
         "db restore": ["--force", "--json", "--replace"],
     }

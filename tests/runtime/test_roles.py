@@ -341,6 +341,18 @@ def test_whoever_may_not_migrate_is_told_who_must(new_team, monkeypatch, capsys)
             pass
         with open_session(tables=False) as session, pytest.raises(DatabaseError):
             studies.all_studies(session.database)
+    new_team.become(monkeypatch, pgroles.OWNER)
+    with open_session() as session:
+        session.database.engine.dispose()
+    new_team.ask(pgroles.OWNER, f"REVOKE ALL ON SCHEMA headsearch FROM {WORKER}")
+    new_team.become(monkeypatch, WORKER)
+    with (
+        pytest.raises(
+            AccessError, match=f"role {WORKER} may not read headsearch's tables: their owner must run"
+        ),
+        open_session(),
+    ):
+        pass
     # Without password files: rights for the roles that an administrator made.
     new_team.become(monkeypatch, pgroles.OWNER)
     assert f"role {WORKER}: may do what it should" in bring_up()

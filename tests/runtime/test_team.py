@@ -20,7 +20,7 @@ from headsearch.report.publish import FIGURE_ID
 from headsearch.runtime.database import given_address, libpq_url, open_database
 from headsearch.runtime.session import open_session
 from headsearch.runtime.verifying import verify
-from headsearch.search import snapshot
+from headsearch.search import snapshot, studies
 from headsearch.search.roles import READER, WORKER
 
 pytestmark = [pytest.mark.postgres, pytest.mark.slow]
@@ -204,3 +204,17 @@ def test_a_writable_dashboard_needs_a_role_that_writes(a_team, monkeypatch, caps
         assert request("DELETE", page, {})[0] == 500
         assert request("POST", f"{page}/rename", {"study_name": "other"})[0] >= 400
         assert request("GET", page)[0] == 200
+
+
+@only_lab
+def test_a_password_file_that_is_being_replaced_is_a_database_that_is_away(lab_team):
+    with open_session() as session:
+        file = lab_team.file(WORKER)
+        text = file.read_text()
+        session.database.engine.dispose()
+        file.unlink()
+        with pytest.raises(DatabaseError, match=r"does not answer: .*PASSWORD_FILE: cannot read") as caught:
+            studies.all_studies(session.database)
+        assert caught.value.transient
+        file.write_text(text)
+        assert studies.all_studies(session.database) == []
