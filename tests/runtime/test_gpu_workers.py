@@ -29,6 +29,7 @@ LIMIT = 200.0
 TINY = {
     "name": "tiny",
     "budget": {"trials": 4, "epochs": 3, "rungs": [1]},
+    "lease": {"seconds": 5.0, "max_attempts": 100},
     "base": {
         "data": {"name": "digits", "limit": 200},
         "encoder": {"width": 4},

@@ -7,7 +7,6 @@ import os
 import stat
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -74,7 +73,10 @@ def test_the_file_says_who(tmp_path, leases):
     lease = leases(GPUS, 2, tmp_path)
     (path,) = tmp_path.glob("gpu-GPU-0a.0.lock")
     assert set(json.loads(path.read_text())) == {"host", "pid", "worker", "since"}
-    assert [str(who) for who in holders(GPUS[0], 2, tmp_path)] == [f"{os.uname().nodename}:{os.getpid()}", "None"]
+    assert [str(who) for who in holders(GPUS[0], 2, tmp_path)] == [
+        f"{os.uname().nodename}:{os.getpid()}",
+        "None",
+    ]
     lease.sign("lab-3:12:abc123")
     who, nobody = holders(GPUS[0], 2, tmp_path)
     assert (str(who), who.pid, nobody) == ("lab-3:12:abc123", os.getpid(), None)

@@ -261,7 +261,9 @@ def test_auto_without_a_gpu_is_the_cpu(fake, place, monkeypatch, tmp_path):
     fake.say(NO_DRIVER, code=9)
     found, (line,) = place("auto")
     assert found == Place("cpu")
-    assert line.startswith("nvidia-smi: NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA")
+    assert line.startswith(
+        "nvidia-smi: NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA"
+    )
     assert line.endswith("training on the CPU")
     fake.show(gpus(2))
     for hidden in ("", "-1", "7"):
@@ -281,7 +283,9 @@ def test_a_gpu_that_is_asked_for_and_not_there(fake, place, monkeypatch, device)
     with pytest.raises(InputError, match=f"^device: {device} is not there; available: cpu$"):
         place(device)
     fake.say(NO_DRIVER, code=9)
-    with pytest.raises(WorldError, match=f"^device: {device} is not there; nvidia-smi: NVIDIA-SMI has failed"):
+    with pytest.raises(
+        WorldError, match=f"^device: {device} is not there; nvidia-smi: NVIDIA-SMI has failed"
+    ):
         place(device)
     fake.show(gpus(4))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -325,7 +329,9 @@ def test_torch_that_cannot_use_the_gpu(fake, place, monkeypatch):
     assert settled(found, "cuda", lines.append) is found
     assert found.lease is not None
     assert settled(Place("cuda"), "cuda", lines.append) == Place("cuda")
-    assert lines[1:] == ["no nvidia-smi on the PATH: this worker has no lease of its GPU, others may use it too"]
+    assert lines[1:] == [
+        "no nvidia-smi on the PATH: this worker has no lease of its GPU, others may use it too"
+    ]
     assert settled(Place("cpu"), "cpu", lines.append) == Place("cpu")
     assert len(lines) == 2
 
@@ -356,7 +362,9 @@ def test_a_device_is_checked_before_a_study_is_made(fake, monkeypatch):
         check_device("cuda")
     fake.show(gpus(2))
     check_device("auto")
-    with pytest.raises(InputError, match=r"device: cuda:1: torch 9 is built without CUDA, though nvidia-smi lists"):
+    with pytest.raises(
+        InputError, match=r"device: cuda:1: torch 9 is built without CUDA, though nvidia-smi lists"
+    ):
         check_device("cuda:1")
     monkeypatch.setattr(devices, "cuda_problem", lambda: None)
     check_device("cuda:1")
