@@ -211,12 +211,19 @@ def test_two_hundred_kills_and_starts(fake, start):
         time.sleep(chance.choice([0, 0, 0.01, 0.1]))
         held = Counter((one.got["uuid"], one.got["slot"]) for one in alive if one.got)
         assert max(held.values(), default=0) <= 1, held
-    settle(alive, min(4, len(alive)))
+    while len(alive) < 9:
+        alive.append(start())
+        all_of_them.append(alive[-1])
+    while len(alive) > 4:
+        held, waiting = settle(alive, 4)
+        held[0].end()
+        alive.remove(held[0])
+    settle(alive, 4)
+    assert all("waiting" in holder.said for holder in waiting), "five were handed on"
     said = [holder.said for holder in all_of_them]
     assert not any("shared" in text or "Traceback" in text for text in said)
     assert kills > 60
-    assert sum('"uuid"' in text for text in said) > 30, "leases were taken"
-    assert sum("waiting" in text and '"uuid"' in text for text in said) > 5, "and handed on"
+    assert sum('"uuid"' in text for text in said) > 20, "leases were taken"
 
 
 def test_a_waiting_one_says_so_again_and_leaves_on_a_signal(fake, start, place, monkeypatch):
