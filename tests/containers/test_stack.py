@@ -75,8 +75,7 @@ def study_under_way(make_stack: Callable[..., Stack]) -> Stack:
 
 def test_three_containers_finish_a_study(study_under_way: Stack) -> None:
     stack = study_under_way
-    status, page = eventually(lambda: (found := stack.get("/healthz"))[0] == 200 and found, "the dashboard is healthy")
-    assert (status, "ok" in page.lower()) == (200, True)
+    eventually(lambda: stack.get("/healthz")[0] == 200, "the dashboard is healthy")
     trials = stack.study(STUDY)["spec"]["budget"]["trials"]
     workers = stack.containers("worker")
     assert len(workers) == 3
@@ -90,7 +89,7 @@ def test_three_containers_finish_a_study(study_under_way: Stack) -> None:
     assert ended(stack) == trials
     assert not found["counts"]["failed"]
     # Three workers that end, and two that were scaled away: more than one had a part in it.
-    hosts = {trial["facts"]["host"] for trial in found["trials"]}
+    hosts = {trial["facts"]["host"] for trial in found["trials"] if trial["state"] == "complete"}
     assert len(hosts) > 1
     stack.cli("study", "verify", STUDY)
 
