@@ -73,8 +73,8 @@ def dashboard(
 
     visitors = read_visitors(auth_file, trusted_header, trusted_proxy or ())
     wanted = study_name(study) if study else None
-    # Optuna's tables are enough for its page.
-    with open_session(migrating=wanted is not None) as session:
+    # A page may wait for tables, one of a study cannot.
+    with open_session(tables=wanted is not None) as session:
         page = f"/dashboard/studies/{get(session.database, wanted).study_id}" if wanted else "/dashboard"
         serve(
             session.address,

@@ -121,9 +121,7 @@ class DashboardApp:
                 except (SQLAlchemyError, StorageInternalError, AssertionError) as error:
                     check(self._address.complete(self._url))
                     _log.debug("no Optuna tables", exc_info=True)
-                    raise DatabaseError(
-                        "this database has no study yet: make one with headsearch study create, then reload"
-                    ) from error
+                    raise _missing(error) from error
             return self._optuna_app
 
 
@@ -208,7 +206,7 @@ def serve(
     """
     if writable and not may_write(address.full_url):
         raise AccessError(
-            f"--writable: {address.redacted} is of a role that may not write: give the owner's URL, or that of "
+            f"--writable: the role of {address.redacted} may not write: give the owner's URL, or that of "
             "headsearch_worker, who may write notes and delete nothing"
         )
     if host not in _LOOPBACK and visitors.open_to_all:
@@ -228,6 +226,14 @@ def serve(
         finally:
             for signal_number, handler in before.items():
                 signal.signal(signal_number, handler)
+
+
+def _missing(error: Exception) -> DatabaseError:
+    """What Optuna's failure to open its tables means, in a database that answers."""
+    said = getattr(error, "orig", None) or getattr(error.__cause__, "orig", None)
+    if getattr(said, "pgcode", None) == "42501":
+        return AccessError("this role may not read the tables: their owner must run headsearch db migrate")
+    return DatabaseError("this database has no study yet: make one with headsearch study create, then reload")
 
 
 def _answer(

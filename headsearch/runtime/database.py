@@ -263,10 +263,7 @@ def _explain_tls(reason: str, host: str) -> str | None:
     if "does not match host name" in reason:
         return f"shows a certificate of another host than {host}: it may not be the server"
     if "root certificate file" in reason:
-        return (
-            f"cannot be verified: {reason.split('root certificate file', 1)[1].strip()} does not exist; "
-            "name the authority's certificate by sslrootcert"
-        )
+        return f"cannot be verified ({reason}): name the certificate of its authority by sslrootcert"
     if "server does not support SSL" in reason:
         return "does not encrypt, which sslmode asks for: turn ssl on there"
     if "no pg_hba.conf entry" in reason and ("no encryption" in reason or "SSL off" in reason):

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from headsearch.errors import AccessError
 from headsearch.home import home_folder
 from headsearch.runtime.database import DatabaseAddress, open_database
 from headsearch.search.database import Database
@@ -32,13 +33,16 @@ class Session:
 
 
 @contextmanager
-def open_session(*, migrating: bool = True) -> Iterator[Session]:
-    """The session, with the database's tables made or brought up to date unless `migrating` is false.
+def open_session(*, tables: bool = True) -> Iterator[Session]:
+    """The session, with the database's tables made or brought up to date.
+
+    Args:
+        tables: False to go on without, where the URL's role may not make them.
 
     Raises:
         StorageError: The home folder cannot be made or written.
-        DatabaseError: The database does not answer, is of a newer headsearch, or of an older one where the
-            URL's role may not bring it up to date.
+        AccessError: Tables are missing or of an older headsearch, and the URL's role may not make them.
+        DatabaseError: The database does not answer, or is of a newer headsearch.
     """
     home = home_folder()
     with ExitStack() as stack:
@@ -46,6 +50,9 @@ def open_session(*, migrating: bool = True) -> Iterator[Session]:
         database = Database(address.url, address.password_file)
         # Connections go before the server does, which the stack holds below.
         stack.callback(database.close)
-        if migrating:
+        try:
             migrate(database)
+        except AccessError:
+            if tables:
+                raise
         yield Session(home, address, database, stack)

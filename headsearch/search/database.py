@@ -70,7 +70,8 @@ def with_password_of(url: URL, arguments: dict[str, Any], password_file: Path | 
     if password_file is None:
         return {"connect_args": arguments}
     file = password_file
-    named: dict[str, Any] = {**url.translate_connect_args(database="dbname", username="user"), **url.query}
+    named: dict[str, Any] = url.translate_connect_args(database="dbname", username="user")
+    named |= {key: text if isinstance(text, str) else ",".join(text) for key, text in url.query.items()}
 
     def connect() -> Any:
         try:
@@ -82,6 +83,10 @@ def with_password_of(url: URL, arguments: dict[str, Any], password_file: Path | 
 
     creator: Callable[[], Any] = connect
     return {"creator": creator}
+
+
+_NO_RIGHT, _READ_ONLY = "42501", "25006"
+"""PostgreSQL's codes of two refusals."""
 
 
 @contextlib.contextmanager
@@ -102,6 +107,7 @@ def translated() -> Iterator[None]:
     try:
         yield
     except (OperationalError, InterfaceError, InternalError) as error:
+        _refused(error)
         raise DatabaseError(f"the database does not answer: {_first_line(error.orig)}") from error
     except DBAPIError as error:
         _refused(error)
@@ -115,12 +121,16 @@ def translated() -> Iterator[None]:
 def _refused(error: BaseException | None) -> None:
     """Raise AccessError if that is what the database's refusal means."""
     said = getattr(error, "orig", None)
-    if getattr(said, "pgcode", None) in ("42501", "25006"):
-        connection = getattr(getattr(said, "cursor", None), "connection", None)
-        role = f"role {connection.info.user}" if connection is not None else "the URL's role"
-        raise AccessError(
-            f"{role} may not do this ({_first_line(said)}): the database's owner may"
-        ) from error
+    code = getattr(said, "pgcode", None)
+    if code not in (_NO_RIGHT, _READ_ONLY):
+        return
+    connection = getattr(getattr(said, "cursor", None), "connection", None)
+    role = f"role {connection.info.user}" if connection is not None else "the URL's role"
+    if code == _NO_RIGHT:
+        line = f"{role} may not do this ({_first_line(said)}): the database's owner may"
+        raise AccessError(line) from error
+    # Of a role that reads, or of a standby that takes over soon.
+    raise DatabaseError(f"{role} only reads here ({_first_line(said)})") from error
 
 
 def _first_line(error: BaseException | None) -> str:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from optuna.storages import RDBStorage
 from sqlalchemy import Connection, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, ProgrammingError
 
 from headsearch import __version__
-from headsearch.errors import DatabaseError
+from headsearch.errors import AccessError, DatabaseError
 from headsearch.search.database import LOCK_SCHEMA, Database, quietly
 from headsearch.search.roles import GRANTS
 
@@ -125,7 +125,8 @@ def migrate(database: Database) -> None:
     """Bring Optuna's tables and ours to this version's. Safe to call from many processes at once.
 
     Raises:
-        DatabaseError: Not reachable, not permitted, or made by a newer headsearch.
+        AccessError: They are not, and the URL's role may not do it.
+        DatabaseError: Not reachable, or made by a newer headsearch.
     """
     with database.begin() as connection:
         version = _version(connection)
@@ -174,7 +175,7 @@ def _refuse_newer(version: int) -> None:
 
 
 def _refuse_strangers(connection: Connection, version: int) -> None:
-    """Raise DatabaseError where the role may not change the tables, before it tries."""
+    """Raise AccessError where the role may not change the tables, before it tries."""
     row = connection.execute(
         text(
             """
@@ -190,10 +191,9 @@ def _refuse_strangers(connection: Connection, version: int) -> None:
     ).one()
     if not row.may:
         there = f"tables of version {version} and not {len(MIGRATIONS)}" if version else "no tables yet"
-        raise DatabaseError(
+        raise AccessError(
             f"the database has {there}, and role {row.name} may not make them: its owner must run "
-            "headsearch db migrate",
-            transient=False,
+            "headsearch db migrate"
         )
 
 
@@ -208,6 +208,16 @@ def _settle_search_path(connection: Connection) -> None:
 
 
 def _version(connection: Connection) -> int:
-    if connection.scalar(text("SELECT to_regclass('headsearch.migrations')")) is None:
-        return 0
-    return int(connection.scalar(text("SELECT coalesce(max(version), 0) FROM headsearch.migrations")) or 0)
+    try:
+        if connection.scalar(text("SELECT to_regclass('headsearch.migrations')")) is None:
+            return 0
+        return int(
+            connection.scalar(text("SELECT coalesce(max(version), 0) FROM headsearch.migrations")) or 0
+        )
+    except ProgrammingError as error:
+        if getattr(error.orig, "pgcode", None) != "42501":
+            raise
+        raise AccessError(
+            f"role {connection.engine.url.username} may not read headsearch's tables: their owner must run "
+            "headsearch db migrate"
+        ) from error

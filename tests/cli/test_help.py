@@ -101,7 +101,14 @@ def test_the_options_are_these() -> None:
         "run": ["--device", "--json", "--no-check", "--set", "--threads", "--workers"],
         "worker": ["--count", "--device", "--study", "--threads"],
         "train": ["--device", "--json", "--seed", "--set", "--threads"],
-        "dashboard": ["--auth-file", "--host", "--port", "--writable"],
+        "dashboard": [
+            "--auth-file",
+            "--host",
+            "--port",
+            "--trusted-header",
+            "--trusted-proxy",
+            "--writable",
+        ],
         "doctor": ["--json"],
         "heads": ["--encoder", "--json", "--markdown"],
         "study verify": ["--json"],
@@ -123,6 +130,7 @@ def test_the_options_are_these() -> None:
         "db stop": ["--force", "--json"],
         "db status": ["--json"],
         "db url": ["--json", "--reader"],
+        "db migrate": ["--json", "--reader-password-file", "--worker-password-file"],
         "db backup": ["--force", "--json"],
         "db restore": ["--force", "--json", "--replace"],
     }

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+import uuid
+from collections.abc import Iterator
 
+import pytest
+import team
+
+from headsearch.runtime import pgroles
+from headsearch.runtime.postgres import EmbeddedServer
 from headsearch.search import schema
 from headsearch.search.database import Database
 
@@ -31,3 +37,28 @@ def make_database(headsearch_home, postgres_server, monkeypatch):
 @pytest.fixture
 def database(make_database):
     return make_database()
+
+
+@pytest.fixture(scope="session")
+def team_server(open_folder_factory) -> Iterator[EmbeddedServer]:
+    """A server whose roles the tests may make and drop."""
+    with open_folder_factory("headsearch-team-") as home:
+        server = EmbeddedServer(home / "postgres")
+        with server.attach():
+            team.prepare(server)
+            yield server
+
+
+@pytest.fixture(params=[pgroles.OWNER, team.LAB])
+def new_team(request, team_server, tmp_path, headsearch_home) -> Iterator[team.Team]:
+    """A database that nobody has migrated, of a superuser and of a role that may make roles."""
+    name = f"team_{uuid.uuid4().hex[:12]}"
+    yield team.make_team(team_server, request.param, name, tmp_path)
+    team.forget_roles(team_server, name)
+
+
+@pytest.fixture
+def a_team(new_team, monkeypatch) -> team.Team:
+    """The same, migrated, with its roles."""
+    new_team.bring_up(monkeypatch)
+    return new_team

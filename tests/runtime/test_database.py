@@ -15,6 +15,7 @@ from headsearch.runtime.database import (
     DatabaseAddress,
     check,
     embedded_server,
+    given_address,
     given_url,
     libpq_url,
     normalize,
@@ -136,7 +137,7 @@ def test_refusals_say_what_to_do(database_url: str) -> None:
         f"postgresql://{user}@{place}": f"{server} refuses user {user}",
         f"postgresql://{user}:{password}@{server}/absent": f'{server} has no database "absent"',
         f"postgresql://{user}:{password}@nowhere.invalid/d": "there is no host nowhere.invalid",
-        f"postgresql://{user}:{password}@{place}?sslmode=require": f"{server} refuses the connection: ",
+        f"postgresql://{user}:{password}@{place}?sslmode=require": f"{server} does not encrypt, which sslmode asks for",
         f"postgresql://{user}:{password}@{place}?bad_option={password}": "cannot be parsed",
         f"postgresql://{user}:pass%zz{password}@{place}": "cannot be parsed",
     }
@@ -170,4 +171,46 @@ def test_old_server_is_refused(database_url: str, monkeypatch: pytest.MonkeyPatc
 
 
 def test_tests_never_see_the_developers_database() -> None:
-    assert not {"HEADSEARCH_DATABASE_URL", "HEADSEARCH_DATABASE_URL_FILE"} & set(os.environ)
+    assert not {name for name in os.environ if name.startswith("HEADSEARCH_DATABASE_")}
+
+
+def test_password_comes_from_its_own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "password"
+    monkeypatch.setenv("HEADSEARCH_DATABASE_PASSWORD_FILE", str(file))
+    with pytest.raises(
+        InputError, match="HEADSEARCH_DATABASE_PASSWORD_FILE is set and HEADSEARCH_DATABASE_URL"
+    ):
+        given_url()
+    monkeypatch.setenv("HEADSEARCH_DATABASE_URL", "postgresql://u@h:5/d?sslmode=require")
+    with pytest.raises(
+        InputError, match=f"HEADSEARCH_DATABASE_PASSWORD_FILE: cannot read {file}: No such file"
+    ):
+        given_url()
+    for content, password in (
+        ("s3cret@word\n", SECRET),
+        (" a:/?#é ", "%20a%3A%2F%3F%23%C3%A9%20"),
+        ("x\r\n", "x"),
+    ):
+        file.write_bytes(content.encode())
+        assert given_url() == f"postgresql+psycopg2://u:{password}@h:5/d?sslmode=require"
+    address = given_address()
+    assert address is not None
+    assert address.url == "postgresql+psycopg2://u@h:5/d?sslmode=require"
+    assert "default_transaction_read_only" in address.complete(address.reader_url)
+    for content, reason in ((b"", "is empty"), (b"\xff\xfe", "not text"), (b"one\ntwo\n", "in one line")):
+        file.write_bytes(content)
+        with pytest.raises(InputError, match=f"HEADSEARCH_DATABASE_PASSWORD_FILE: .*{reason}"):
+            given_url()
+    file.write_text("x")
+    for url in (
+        f"postgresql://u:{SECRET}@h/d",
+        f"postgresql://u@h/d?password={SECRET}",
+        "postgresql://u:@h/d",
+    ):
+        monkeypatch.setenv("HEADSEARCH_DATABASE_URL", url)
+        with pytest.raises(InputError, match="keep one") as caught:
+            given_url()
+        assert SECRET not in str(caught.value)
+    monkeypatch.setenv("HEADSEARCH_DATABASE_URL", "postgresql://h/d")
+    with pytest.raises(InputError, match="names no user"):
+        given_url()
