@@ -1,4 +1,4 @@
-"""Writes what pyproject.toml asks for to two lists: torch.txt, and rest.txt with the extras that $EXTRAS names."""
+"""Writes pyproject.toml's dependencies as lists: torch.txt, and rest.txt with the extras that $EXTRAS names."""
 
 import os
 import re

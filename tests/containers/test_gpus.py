@@ -44,12 +44,18 @@ def leases(stack: Stack) -> dict[str, str]:
 
 def devices(stack: Stack, of: str) -> set[str]:
     """GPUs that the database knows of, as what trials were trained on, or workers train on."""
-    return {found for row in stack.study(STUDY)[of] for found in re.findall(r"GPU-[0-9a-f-]+", row["device"] or "")}
+    return {
+        found
+        for row in stack.study(STUDY)[of]
+        for found in re.findall(r"GPU-[0-9a-f-]+", row["device"] or "")
+    }
 
 
 def test_six_workers_have_four_gpus_and_two_wait(make_stack: Callable[..., Stack], four_gpus: Path) -> None:
     files = [ROOT / "tests" / "containers" / "compose.fake-gpus.yaml"]
-    stack = make_stack(files, FAKE_NVIDIA=str(four_gpus), PRETENDED=str(ROOT / "tests" / "runtime" / "pretended"))
+    stack = make_stack(
+        files, FAKE_NVIDIA=str(four_gpus), PRETENDED=str(ROOT / "tests" / "runtime" / "pretended")
+    )
     # It outlives this test.
     stack.cli("study", "create", STUDY, "--set", "budget.trials=2000")
     stack.up("--scale", "worker=6")
@@ -110,7 +116,11 @@ def _kill_and_start(names: list[str]) -> None:
     events = 0
 
     def holding() -> set[str]:
-        return {match for name in running for match in re.findall(r'"uuid": "(GPU-[^"]+)"', logs(name)[heard[name] :])}
+        return {
+            match
+            for name in running
+            for match in re.findall(r'"uuid": "(GPU-[^"]+)"', logs(name)[heard[name] :])
+        }
 
     while events < EVENTS:
         some = draw.sample(names, draw.randint(1, 4))
@@ -124,5 +134,7 @@ def _kill_and_start(names: list[str]) -> None:
         events += len(some)
         if draw.random() < 0.2:
             wanted = min(len(GPUS), len(running))
-            eventually(lambda wanted=wanted: len(holding()) == wanted, f"{wanted} hold a GPU after {events} events")
+            eventually(
+                lambda wanted=wanted: len(holding()) == wanted, f"{wanted} hold a GPU after {events} events"
+            )
     assert all(inspect(name)["State"]["Running"] for name in running), "a holder ended by itself"

@@ -23,7 +23,9 @@ def processes(stack: Stack) -> dict[str, str]:
         for line in docker("top", container, "-eo", "pid").splitlines()[1:]:
             for part in ("cmdline", "environ"):
                 try:
-                    found[f"{container} {line} {part}"] = Path(f"/proc/{line.strip()}/{part}").read_text(errors="replace")
+                    found[f"{container} {line} {part}"] = Path(f"/proc/{line.strip()}/{part}").read_text(
+                        errors="replace"
+                    )
                 except OSError:  # it has ended, or we are not root
                     continue
     return found
@@ -90,3 +92,28 @@ def test_each_container_has_the_secrets_of_its_role_alone(make_stack: Callable[.
     assert has == {"db": {"owner_password"}, "dashboard": {"reader_password"}, "worker": {"worker_password"}}
     for mount in inspect(stack.containers("worker")[0])["Mounts"]:
         assert mount["RW"] is (mount["Destination"] in ("/var/lib/headsearch", "/run/headsearch")), mount
+
+
+def test_new_password_stops_no_worker(make_stack: Callable[..., Stack]) -> None:
+    stack = make_stack()
+    stack.cli("study", "create", "quickstart", "--set", "budget.trials=2000")
+    stack.up("worker")
+    [worker] = stack.containers("worker")
+    eventually(lambda: "study quickstart" in logs(worker), "it is at work")
+    stack.change_password("worker")
+    stack.up("migrate")
+    # As if the cable had been cut: the worker must connect anew, and does so with the new password.
+    told = logs(worker)
+    ended = stack.sql(
+        "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE usename = 'headsearch_worker'"
+    )
+    assert int(ended) > 0
+    eventually(lambda: "epoch" in logs(worker)[len(told) :], "it goes on")
+    eventually(
+        lambda: (
+            int(stack.sql("SELECT count(*) FROM pg_stat_activity WHERE usename = 'headsearch_worker'")) > 0
+        ),
+        "it is connected",
+    )
+    assert inspect(worker)["RestartCount"] == 0
+    assert inspect(worker)["State"]["Running"]

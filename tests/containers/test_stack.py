@@ -48,7 +48,10 @@ def crash_database(stack: Stack) -> None:
 
     def back() -> bool:
         now = inspect(database)
-        return now["RestartCount"] > before["RestartCount"] and now["State"].get("Health", {}).get("Status") == "healthy"
+        return (
+            now["RestartCount"] > before["RestartCount"]
+            and now["State"].get("Health", {}).get("Status") == "healthy"
+        )
 
     eventually(back, "the database is back")
 
@@ -81,7 +84,9 @@ def test_three_containers_finish_a_study(study_under_way: Stack) -> None:
     assert len(workers) == 3
 
     eventually(
-        lambda: not any(inspect(one)["State"]["Running"] for one in workers), "the workers have finished", 1200
+        lambda: not any(inspect(one)["State"]["Running"] for one in workers),
+        "the workers have finished",
+        1200,
     )
     assert [inspect(one)["State"]["ExitCode"] for one in workers] == [0, 0, 0]
     found = stack.study(STUDY)
@@ -110,7 +115,9 @@ def test_three_containers_finish_a_study(study_under_way: Stack) -> None:
     assert json.loads(stack.cli("study", "front", STUDY, "--json"))["front"] == front
     stack.up("--scale", "worker=3")
     workers = stack.containers("worker")
-    eventually(lambda: not any(inspect(one)["State"]["Running"] for one in workers), "they see that it is complete")
+    eventually(
+        lambda: not any(inspect(one)["State"]["Running"] for one in workers), "they see that it is complete"
+    )
     assert [inspect(one)["State"]["ExitCode"] for one in workers] == [0, 0, 0]
     stack.cli("study", "verify", STUDY)
 
@@ -121,7 +128,17 @@ def test_worker_comes_back_until_its_study_is_made(make_stack: Callable[..., Sta
     [worker] = stack.containers("worker")
     eventually(lambda: inspect(worker)["RestartCount"] > 0, "it has come back")
     assert STUDY in logs(worker)
-    stack.cli("study", "create", STUDY, "--set", "budget.trials=2", "--set", "budget.epochs=1", "--set", "budget.rungs=[]")
+    stack.cli(
+        "study",
+        "create",
+        STUDY,
+        "--set",
+        "budget.trials=2",
+        "--set",
+        "budget.epochs=1",
+        "--set",
+        "budget.rungs=[]",
+    )
     eventually(lambda: stack.study(STUDY)["completed_at"], "the study is complete")
     eventually(lambda: not inspect(worker)["State"]["Running"], "it has ended")
     assert inspect(worker)["State"]["ExitCode"] == 0
@@ -133,7 +150,9 @@ def test_containers_can_write_only_where_they_should(make_stack: Callable[..., S
     stack.up("dashboard")
     [dashboard] = stack.containers("dashboard")
     eventually(lambda: stack.get("/healthz")[0] == 200, "the dashboard is healthy")
-    tried = docker("exec", dashboard, "python3", "-c", "import os; print(os.getuid(), os.listdir('/run/secrets'))")
+    tried = docker(
+        "exec", dashboard, "python3", "-c", "import os; print(os.getuid(), os.listdir('/run/secrets'))"
+    )
     assert tried.split(" ", 1) == ["10001", "['reader_password']\n"]
     for path in ("/opt/headsearch/x", "/var/lib/headsearch/x", "/etc/x"):
         wrote = docker("exec", dashboard, "python3", "-c", f"open({path!r}, 'w')", check=False)

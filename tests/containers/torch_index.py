@@ -25,11 +25,18 @@ PYPI = "https://pypi.org/simple"
 
 def wheel_for_cpu() -> Path | None:
     """A build of torch for the CPU and the images' Python, in a folder that pip looks into here."""
-    told = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False)
+    told = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False
+    )
     folders = [
-        Path(word) for line in told.stdout.splitlines() if "find-links" in line for word in re.findall(r"/[^\s']+", line)
+        Path(word)
+        for line in told.stdout.splitlines()
+        if "find-links" in line
+        for word in re.findall(r"/[^\s']+", line)
     ]
-    found = [wheel for folder in folders if folder.is_dir() for wheel in folder.glob("torch-*+cpu-cp311-*.whl")]
+    found = [
+        wheel for folder in folders if folder.is_dir() for wheel in folder.glob("torch-*+cpu-cp311-*.whl")
+    ]
     return max(found, default=None)
 
 
@@ -61,7 +68,7 @@ def serving(wheel: Path) -> Iterator[str]:
             self.send_header("Content-Length", str(length))
             self.end_headers()
 
-        def log_message(self, format: str, *arguments: object) -> None:
+        def log_message(self, *_: object) -> None:
             """Say nothing."""
 
     try:
