@@ -1,4 +1,4 @@
-"""Writes what pyproject.toml asks for to two lists: torch.txt, and rest.txt with the extras that $EXTRAS names."""
+"""Writes pyproject.toml's dependencies to torch.txt and, with the extras that $EXTRAS names, to rest.txt."""
 
 import os
 import re

@@ -61,8 +61,8 @@ def missing_for(marker: str) -> str | None:
             return "playwright is not installed"
         if not chromium_executable():
             return "no Chromium: install one or set HEADSEARCH_CHROMIUM"
-    if marker == "containers" and not (shutil.which("docker") and shutil.which("docker-compose")):
-        return "no docker and docker-compose"
+    if marker == "containers":
+        return _no_engine()
     if marker == "slurm":
         return _no_slurm()
     if marker == "gpu":
@@ -78,6 +78,16 @@ def _no_slurm() -> str | None:
         return "no Slurm"
     asked = subprocess.run(["sinfo", "-h", "-o", "%T"], capture_output=True, text=True, check=False)
     return None if asked.stdout.strip() else f"Slurm has no nodes: {asked.stderr.strip() or 'none listed'}"
+
+
+def _no_engine() -> str | None:
+    if not shutil.which("docker"):
+        return "no docker"
+    plugin = subprocess.run(["docker", "compose", "version"], capture_output=True, check=False, timeout=60)
+    if plugin.returncode and not shutil.which("docker-compose"):
+        return "neither docker-compose nor docker's compose"
+    asked = subprocess.run(["docker", "info"], capture_output=True, text=True, check=False, timeout=60)
+    return None if asked.returncode == 0 else f"no Docker engine: {asked.stderr.strip().splitlines()[-1]}"
 
 
 @contextmanager

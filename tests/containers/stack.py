@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import time
@@ -16,6 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 COMPOSE = ROOT / "docker" / "compose.yaml"
 COMPOSE_GPU = ROOT / "docker" / "compose.gpu.yaml"
+COMMAND = ("docker-compose",) if shutil.which("docker-compose") else ("docker", "compose")
 ROLES = ("owner", "worker", "reader")
 PATIENCE_SECONDS = 600.0
 """For whatever takes seconds on an idle machine."""
@@ -69,7 +71,7 @@ class Stack:
         self.name = f"hs-test-{secrets.token_hex(4)}"
         self.port = free_port()
         self.passwords = {role: secrets.token_hex(24) for role in ROLES}
-        kept = folder / "secrets"
+        kept = self._secrets = folder / "secrets"
         kept.mkdir()
         for role, password in self.passwords.items():
             file = kept / f"{role}_password"
@@ -89,7 +91,7 @@ class Stack:
         }
 
     def compose(self, *arguments: str, check: bool = True) -> str:
-        return run("docker-compose", *self._files, *arguments, check=check, environment=self._environment)
+        return run(*COMMAND, *self._files, *arguments, check=check, environment=self._environment)
 
     def cli(self, *arguments: str) -> str:
         """Output of a headsearch command in a container of its own."""
@@ -97,6 +99,18 @@ class Stack:
 
     def study(self, name: str) -> dict[str, Any]:
         return json.loads(self.cli("study", "show", name, "--json"))
+
+    def change_password(self, role: str) -> None:
+        """Write a new one into the file of a role."""
+        self.passwords[role] = secrets.token_hex(24)
+        (self._secrets / f"{role}_password").write_text(f"{self.passwords[role]}\n")
+
+    def sql(self, statement: str) -> str:
+        """What the server's own psql says, as the owner, over the socket in its container."""
+        [database] = self.containers("db")
+        return docker(
+            "exec", database, "psql", "-h", "/run/postgresql", "-U", "headsearch", "-Atc", statement
+        ).strip()
 
     def up(self, *arguments: str) -> None:
         self.compose("up", "-d", "--no-build", *arguments)

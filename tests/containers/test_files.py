@@ -165,3 +165,17 @@ def test_the_image_gets_all_that_pyproject_asks_for(tmp_path):
     rest = (tmp_path / "rest.txt").read_text().splitlines()
     assert [re.match(r"[a-z]+", line)[0] for line in torch] == ["torch", "torchvision"]
     assert sorted(torch + rest) == sorted(project["dependencies"] + project["optional-dependencies"]["s3"])
+
+
+def test_the_readme_makes_secrets_that_only_containers_read(tmp_path):
+    [line] = [line for line in (ROOT / "README.md").read_text().splitlines() if "openssl rand" in line]
+    (tmp_path / "docker").mkdir()
+    subprocess.run(["sh", "-euc", line], cwd=tmp_path, check=True)
+    folder = tmp_path / "docker" / "secrets"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    files = {file.name: file for file in folder.iterdir()}
+    asked = {Path(secret["file"]).name for secret in yaml.safe_load(COMPOSE.read_text())["secrets"].values()}
+    assert set(files) == asked
+    assert {file.stat().st_mode & 0o777 for file in files.values()} == {0o644}
+    assert len({file.read_text() for file in files.values()}) == 3
+    assert "docker/secrets/" in (ROOT / ".gitignore").read_text().splitlines()

@@ -11,7 +11,7 @@ from stack import Stack, docker, eventually, inspect, logs, run
 pytestmark = [pytest.mark.containers, pytest.mark.hostile, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 STUDY = "quickstart"
-TRIALS = (24, 400)
+TRIALS = (16, 160)
 """The second, on a machine so fast that the first study ends before it has seen all."""
 
 
@@ -78,10 +78,7 @@ def study_under_way(make_stack: Callable[..., Stack]) -> Stack:
 
 def test_three_containers_finish_a_study(study_under_way: Stack) -> None:
     stack = study_under_way
-    status, page = eventually(
-        lambda: (found := stack.get("/healthz"))[0] == 200 and found, "the dashboard is healthy"
-    )
-    assert (status, "ok" in page.lower()) == (200, True)
+    eventually(lambda: stack.get("/healthz")[0] == 200, "the dashboard is healthy")
     trials = stack.study(STUDY)["spec"]["budget"]["trials"]
     workers = stack.containers("worker")
     assert len(workers) == 3
@@ -96,9 +93,6 @@ def test_three_containers_finish_a_study(study_under_way: Stack) -> None:
     assert found["completed_at"]
     assert ended(stack) == trials
     assert not found["counts"]["failed"]
-    # Three workers that end, and two that were scaled away: more than one had a part in it.
-    hosts = {trial["facts"]["host"] for trial in found["trials"]}
-    assert len(hosts) > 1
     stack.cli("study", "verify", STUDY)
 
     front = json.loads(stack.cli("study", "front", STUDY, "--json"))["front"]
@@ -107,6 +101,11 @@ def test_three_containers_finish_a_study(study_under_way: Stack) -> None:
     [summary] = json.loads(stack.get("/api/studies")[1])["study_summaries"]
     assert summary["study_name"] == STUDY
     study = json.loads(stack.get(f"/api/studies/{summary['study_id']}")[1])
+    # Three workers that end, and two that were scaled away: more than one had a part in it.
+    hosts = {
+        fact["value"] for trial in study["trials"] for fact in trial["user_attrs"] if fact["key"] == "host"
+    }
+    assert len(hosts) > 1
     best = {(trial["values"][0], trial["values"][1]) for trial in study["best_trials"]}
     assert {(point["validation_accuracy"]["mean"], point["projection_dim"]) for point in front} <= best
 

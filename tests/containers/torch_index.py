@@ -68,7 +68,7 @@ def serving(wheel: Path) -> Iterator[str]:
             self.send_header("Content-Length", str(length))
             self.end_headers()
 
-        def log_message(self, format: str, *arguments: object) -> None:
+        def log_message(self, *_: object) -> None:
             """Say nothing."""
 
     try:
