@@ -49,7 +49,15 @@ def epochs(name="tiny"):
 
 @only_lab
 def test_workers_finish_a_study_with_promotion_pruning_and_adoption(lab_team, monkeypatch):
-    make(lab_team, monkeypatch, budget={"trials": 10, "epochs": 4, "rungs": [1, 2]}, lease={"seconds": 3})
+    # One dim, so that all compete, and few are promoted: some are pruned whoever comes when.
+    make(
+        lab_team,
+        monkeypatch,
+        budget={"trials": 10, "epochs": 4, "rungs": [1, 2]},
+        lease={"seconds": 3},
+        pruning={"eta": 5},
+        space=TINY["space"] | {"head.projection_dim": [4]},
+    )
     victim = start()
     wait_for(lambda: any(epochs()))
     victim.send_signal(signal.SIGKILL)
@@ -61,6 +69,7 @@ def test_workers_finish_a_study_with_promotion_pruning_and_adoption(lab_team, mo
         assert process.returncode == 0, output
         said += output
     assert " promoted at epoch " in said
+    assert " adopted at epoch " in said
     with open_session() as session:
         seen = snapshot.read(session.database, "tiny")
         verdict = verify(session, "tiny")
@@ -69,8 +78,10 @@ def test_workers_finish_a_study_with_promotion_pruning_and_adoption(lab_team, mo
     assert len(seen.trials) == 10
     assert {trial.state for trial in seen.trials} == {"complete", "pruned"}, [t.message for t in seen.trials]
     assert seen.promoted
-    # Figure and note are on the dashboard, which reads as the reader.
+    # Figure and note are on the dashboard, which reads as the reader, who may also ask for results.
     lab_team.become(monkeypatch, READER)
+    for command in ("show", "status", "front", "compare", "verify"):
+        assert run(["study", command, "tiny"]) == 0, command
     address = given_address()
     assert address is not None
     with serving(address) as request:
