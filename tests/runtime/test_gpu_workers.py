@@ -19,6 +19,7 @@ from fake_nvidia import FakeGpu, FakeNvidia, gpus
 from headsearch.runtime.gpulocks import holders, take
 from headsearch.runtime.gpus import listing
 from headsearch.runtime.launcher import LocalWorkers
+from headsearch.runtime.running import Crew, run_study
 from headsearch.runtime.session import open_session
 from headsearch.search import snapshot, studies
 from headsearch.spec import StudySpec
@@ -241,3 +242,34 @@ def test_a_poisoned_worker_ends_and_the_launcher_starts_a_clean_one_with_a_lease
     seen = read(world)
     assert [trial.losses for trial in seen.trials].count(1) == 1
     assert {trial.state for trial in seen.trials} <= {"complete", "pruned"}
+
+
+def test_a_run_says_that_its_workers_wait_for_gpus_of_others(world, fake, locks, pretended, monkeypatch):
+    monkeypatch.setattr("headsearch.core.device.cuda_problem", lambda: None)
+    fake.show(gpus(1))
+    lease = take(listing().gpus, 1, locks)
+    lease.sign("lab-3:77:abc")
+    notes = []
+
+    class Notes:
+        def start(self, snapshot, note):
+            notes.append(note)
+
+        def update(self, snapshot):
+            pass
+
+        def note(self, line):
+            notes.append(line)
+            lease.release()
+
+    try:
+        result = run_study(world, studies.get(world.database, "tiny"), Crew(workers=2), Notes())
+    finally:
+        lease.release()
+    assert result.snapshot.study.state == "complete"
+    assert notes[0].startswith(
+        "2 workers, device auto (1 wait: the GPUs here take 1 at a time, see HEADSEARCH_"
+    )
+    assert notes[1:] == [
+        f"worker 0 is waiting for a GPU: NVIDIA A100-SXM4-40GB {FakeGpu(0).uuid}, all taken by lab-3:77:abc"
+    ]
