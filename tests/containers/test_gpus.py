@@ -57,7 +57,7 @@ def test_six_workers_have_four_gpus_and_two_wait(make_stack: Callable[..., Stack
         files, FAKE_NVIDIA=str(four_gpus), PRETENDED=str(ROOT / "tests" / "runtime" / "pretended")
     )
     # It outlives this test.
-    stack.cli("study", "create", STUDY, "--set", "budget.trials=2000")
+    stack.cli("study", "create", STUDY, "--set", "budget.trials=500")
     stack.up("--scale", "worker=6")
     workers = stack.containers("worker")
 
@@ -87,25 +87,52 @@ def test_no_slot_is_ever_shared(image: str, volume: str, four_gpus: Path) -> Non
     They share the host's network namespace, where each holder of a slot binds a name that the kernel gives to one
     process only: a second one would end with an exit code of its own.
     """
-    locks = f"/run/headsearch/{secrets.token_hex(4)}"
-    names = [f"hs-test-holder-{secrets.token_hex(4)}" for _ in range(HOLDERS)]
+    locks, names = _locks(), _names(HOLDERS)
     try:
         for name in names:
-            docker(
-                "create", "--name", name, "--network", "host", "--read-only", "--cap-drop", "ALL",
-                "--env", f"HEADSEARCH_GPU_LOCKS={locks}",
-                "--env", "PATH=/opt/fake/bin:/opt/headsearch/bin:/usr/local/bin:/usr/bin:/bin",
-                "--volume", f"{volume}:/run/headsearch",
-                "--volume", f"{four_gpus}:/opt/fake:ro",
-                "--volume", f"{ROOT / 'tests' / 'runtime' / 'gpu_holder.py'}:/opt/gpu_holder.py:ro",
-                "--entrypoint", "python3", image, "/opt/gpu_holder.py", "cuda",
-            )  # fmt: skip
+            _create(name, image, four_gpus, locks, "--volume", f"{volume}:/run/headsearch")
         _kill_and_start(names)
         codes = {name: inspect(name)["State"]["ExitCode"] for name in names}
         assert SHARED not in codes.values()
         assert not [name for name in names if "shared" in logs(name)]
     finally:
         docker("rm", "-f", *names)
+
+
+def test_without_a_shared_volume_slots_are_shared_and_it_is_noticed(image: str, four_gpus: Path) -> None:
+    locks, names = _locks(), _names(2)
+    try:
+        for name in names:
+            _create(name, image, four_gpus, locks, "--tmpfs", "/run/headsearch:mode=1777")
+            docker("start", name)
+            eventually(lambda name=name: logs(name), "it has said something")
+        eventually(lambda: not inspect(names[1])["State"]["Running"], "the second has noticed")
+        assert inspect(names[1])["State"]["ExitCode"] == SHARED
+        assert inspect(names[0])["State"]["Running"]
+    finally:
+        docker("rm", "-f", *names)
+
+
+def _locks() -> str:
+    """A folder of locks whose name, which witnesses have, is no other test's."""
+    return f"/run/headsearch/{secrets.token_hex(4)}"
+
+
+def _names(count: int) -> list[str]:
+    return [f"hs-test-holder-{secrets.token_hex(4)}" for _ in range(count)]
+
+
+def _create(name: str, image: str, nvidia: Path, locks: str, *options: str) -> None:
+    """A container that takes a lease and keeps it."""
+    docker(
+        "create", "--name", name, "--network", "host", "--read-only", "--cap-drop", "ALL",
+        "--env", f"HEADSEARCH_GPU_LOCKS={locks}",
+        "--env", "PATH=/opt/fake/bin:/opt/headsearch/bin:/usr/local/bin:/usr/bin:/bin",
+        "--volume", f"{nvidia}:/opt/fake:ro",
+        "--volume", f"{ROOT / 'tests' / 'runtime' / 'gpu_holder.py'}:/opt/gpu_holder.py:ro",
+        *options,
+        "--entrypoint", "python3", image, "/opt/gpu_holder.py", "cuda",
+    )  # fmt: skip
 
 
 def _kill_and_start(names: list[str]) -> None:

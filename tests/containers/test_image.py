@@ -27,7 +27,7 @@ def test_image_is_headsearch_for_a_user_without_rights(image: str, settings: dic
     assert "study" in docker("run", *CONFINED, image)
     assert python(image, "import os; print(os.getuid(), os.getgid())") == "10001 10001"
     # Nothing of the image is its user's but the two folders that volumes take the place of.
-    code = "import os; print([p for p, _, _ in os.walk('/') if not p.startswith(('/proc', '/dev', '/sys')) and os.stat(p).st_uid == os.getuid()])"
+    code = "import os; print(sorted(p for p, _, _ in os.walk('/') if not p.startswith(('/proc', '/dev', '/sys')) and os.stat(p).st_uid == os.getuid()))"
     assert python(image, code) == "['/run/headsearch', '/var/lib/headsearch']"
 
 

@@ -45,7 +45,7 @@ def in_image(image: str, needles: list[str]) -> list[str]:
 
 def test_passwords_are_nowhere_but_in_their_files(make_stack: Callable[..., Stack], image: str) -> None:
     stack = make_stack()
-    stack.cli("study", "create", "quickstart", "--set", "budget.trials=2000")
+    stack.cli("study", "create", "quickstart", "--set", "budget.trials=500")
     stack.up("--scale", "worker=2")
     workers = stack.containers("worker")
     eventually(lambda: all("study quickstart" in logs(one) for one in workers), "two are at work")
@@ -96,7 +96,7 @@ def test_each_container_has_the_secrets_of_its_role_alone(make_stack: Callable[.
 
 def test_new_password_stops_no_worker(make_stack: Callable[..., Stack]) -> None:
     stack = make_stack()
-    stack.cli("study", "create", "quickstart", "--set", "budget.trials=2000")
+    stack.cli("study", "create", "quickstart", "--set", "budget.trials=500")
     stack.up("worker")
     [worker] = stack.containers("worker")
     eventually(lambda: "study quickstart" in logs(worker), "it is at work")
