@@ -8,7 +8,6 @@ from pathlib import Path
 
 import psycopg2
 import pytest
-import team
 from processes import Command
 from test_dashboard import Client, serving
 from test_roles import make
@@ -28,14 +27,11 @@ pytestmark = [pytest.mark.postgres, pytest.mark.slow]
 
 @pytest.fixture
 def lab_team(a_team, monkeypatch):
-    """One owner is enough here, the one that is no superuser; we are a worker."""
+    """The database is of no superuser, and we are a worker."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
     a_team.become(monkeypatch, WORKER)
     return a_team
-
-
-only_lab = pytest.mark.parametrize("new_team", [team.LAB], indirect=True)
 
 
 def start(name="tiny", *options):
@@ -47,7 +43,6 @@ def epochs(name="tiny"):
         return [trial.epoch for trial in snapshot.read(session.database, name).trials]
 
 
-@only_lab
 def test_workers_finish_a_study_with_promotion_pruning_and_adoption(lab_team, monkeypatch):
     # One dim, so that all compete, and few are promoted: some are pruned whoever comes when.
     make(
@@ -94,7 +89,6 @@ def test_workers_finish_a_study_with_promotion_pruning_and_adoption(lab_team, mo
         assert len(shown["trials"]) == 10
 
 
-@only_lab
 def test_a_lost_trial_fails_and_a_bad_one_too_as_the_worker_role(lab_team, monkeypatch):
     base = TINY["base"] | {"optimizer": {"learning_rate": 1e4, "momentum": 0.99, "weight_decay": 1e4}}
     make(lab_team, monkeypatch, base=base, budget={"trials": 2, "epochs": 4})
@@ -117,7 +111,6 @@ def test_a_lost_trial_fails_and_a_bad_one_too_as_the_worker_role(lab_team, monke
         assert {t.state for t in trials[1:]} <= {"complete", "pruned"}
 
 
-@only_lab
 def test_a_password_that_changes_stops_no_worker(lab_team, monkeypatch):
     """Changed at the server first, then in the file; all connections are cut in between."""
     make(lab_team, monkeypatch, budget={"trials": 2, "epochs": 60})
@@ -151,7 +144,6 @@ def test_a_password_that_changes_stops_no_worker(lab_team, monkeypatch):
     assert [(t.state, t.losses) for t in seen.trials] == [("complete", 0)] * 2
 
 
-@only_lab
 def test_a_dashboard_outlives_its_old_password(lab_team, monkeypatch):
     make(lab_team, monkeypatch)
     lab_team.become(monkeypatch, READER)
@@ -169,7 +161,6 @@ def test_a_dashboard_outlives_its_old_password(lab_team, monkeypatch):
         assert request("GET", "/api/studies")[0] == 200
 
 
-@only_lab
 def test_the_reader_s_dashboard_may_start_before_the_tables(new_team, monkeypatch, subprocess_env):
     with psycopg2.connect(libpq_url(new_team.url("headsearch", password=True))) as connection:
         connection.cursor().execute(f"CREATE ROLE {READER} LOGIN")
@@ -195,7 +186,6 @@ def test_the_reader_s_dashboard_may_start_before_the_tables(new_team, monkeypatc
     assert dashboard.returncode == 0, output
 
 
-@only_lab
 def test_a_writable_dashboard_needs_a_role_that_writes(a_team, monkeypatch, capsys, headsearch_home):
     study = make(a_team, monkeypatch)
     a_team.become(monkeypatch, READER)
@@ -217,7 +207,6 @@ def test_a_writable_dashboard_needs_a_role_that_writes(a_team, monkeypatch, caps
         assert request("GET", page)[0] == 200
 
 
-@only_lab
 def test_a_password_file_that_is_being_replaced_is_a_database_that_is_away(lab_team):
     with open_session() as session:
         file = lab_team.file(WORKER)
