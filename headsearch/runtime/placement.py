@@ -32,9 +32,10 @@ from headsearch.runtime.signals import Drain, drain_on_signal
 
 LOOK_SECONDS = 0.5
 """Between two looks for a free GPU."""
-WAITING: Final = "waiting for a GPU"
 SAY_SECONDS = 60.0
 """Between two lines that say that there is none."""
+WAITING: Final = "waiting for a GPU"
+"""How these begin."""
 INSTALL: Final = "install a torch built for your driver's CUDA: https://pytorch.org/get-started"
 _DEVICE = re.compile(r"auto|cpu|cuda(?::(\d+))?")
 
