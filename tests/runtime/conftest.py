@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import pytest
 import team
 
-from headsearch.runtime import pgroles
 from headsearch.runtime.postgres import EmbeddedServer
 from headsearch.search import schema
 from headsearch.search.database import Database
@@ -49,11 +48,11 @@ def team_server(open_folder_factory) -> Iterator[EmbeddedServer]:
             yield server
 
 
-@pytest.fixture(params=[pgroles.OWNER, team.LAB])
+@pytest.fixture
 def new_team(request, team_server, tmp_path, headsearch_home) -> Iterator[team.Team]:
-    """A database that nobody has migrated, of a superuser and of a role that may make roles."""
+    """A database that nobody has migrated, of a role that may make roles, or of the one that a test names."""
     name = f"team_{uuid.uuid4().hex[:12]}"
-    yield team.make_team(team_server, request.param, name, tmp_path)
+    yield team.make_team(team_server, getattr(request, "param", team.LAB), name, tmp_path)
     team.forget_roles(team_server, name)
 
 

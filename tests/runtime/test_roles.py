@@ -106,6 +106,10 @@ WRITES = [
 ]
 
 
+both = pytest.mark.parametrize("new_team", [pgroles.OWNER, team.LAB], indirect=True)
+"""Of a superuser, and of a role that may make roles."""
+
+
 def make(members: team.Team, monkeypatch: pytest.MonkeyPatch, **changes) -> studies.Study:
     """A study, as the owner makes it."""
     with monkeypatch.context() as owner:
@@ -135,6 +139,7 @@ def allowed(members: team.Team, role: str, statements: list[str]) -> list[str]:
     return found
 
 
+@both
 def test_the_worker_role_cannot_do_what_workers_do_not(a_team, monkeypatch):
     make(a_team, monkeypatch)
     assert allowed(a_team, WORKER, FORBIDDEN) == []
@@ -219,6 +224,7 @@ def test_the_reader_reads_and_writes_nothing(a_team, monkeypatch, tmp_path, caps
     assert written.studies == 1
 
 
+@both
 def test_each_role_has_the_grants_of_the_table_and_no_other(a_team):
     with a_team.connected(a_team.owner) as cursor:
         cursor.execute(
@@ -274,6 +280,7 @@ def _bring_up(environment: dict[str, str], worker: Path, reader: Path, said) -> 
         said.put(f"failed: {error}")
 
 
+@both
 @pytest.mark.slow
 def test_several_at_once_on_two_databases_of_one_server(new_team, team_server, monkeypatch, tmp_path):
     other = team.make_team(team_server, new_team.owner, f"{new_team.database}_2", tmp_path)
@@ -398,6 +405,7 @@ def test_a_worker_cannot_make_or_delete_a_study(a_team, monkeypatch, capsys, tmp
     assert run(["study", "list"]) == 0
 
 
+@both
 def test_roles_that_may_more_are_refused(new_team, monkeypatch):
     with pgroles.connected(new_team.url(pgroles.OWNER, password=True)) as connection:
         connection.cursor().execute(f"CREATE ROLE {WORKER} LOGIN CREATEDB")

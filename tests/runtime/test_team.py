@@ -8,7 +8,6 @@ from pathlib import Path
 
 import psycopg2
 import pytest
-import team
 from processes import Command
 from test_dashboard import Client, serving
 from test_roles import make
@@ -28,14 +27,11 @@ pytestmark = [pytest.mark.postgres, pytest.mark.slow]
 
 @pytest.fixture
 def lab_team(a_team, monkeypatch):
-    """One owner is enough here, the one that is no superuser; we are a worker."""
+    """The database is of no superuser, and we are a worker."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
     a_team.become(monkeypatch, WORKER)
     return a_team
-
-
-only_lab = pytest.mark.parametrize("new_team", [team.LAB], indirect=True)
 
 
 def start(name="tiny", *options):
@@ -47,9 +43,16 @@ def epochs(name="tiny"):
         return [trial.epoch for trial in snapshot.read(session.database, name).trials]
 
 
-@only_lab
 def test_workers_finish_a_study_with_promotion_pruning_and_adoption(lab_team, monkeypatch):
-    make(lab_team, monkeypatch, budget={"trials": 10, "epochs": 4, "rungs": [1, 2]}, lease={"seconds": 3})
+    # One dim, so that all compete, and few are promoted: some are pruned whoever comes when.
+    make(
+        lab_team,
+        monkeypatch,
+        budget={"trials": 10, "epochs": 4, "rungs": [1, 2]},
+        lease={"seconds": 3},
+        pruning={"eta": 5},
+        space=TINY["space"] | {"head.projection_dim": [4]},
+    )
     victim = start()
     wait_for(lambda: any(epochs()))
     victim.send_signal(signal.SIGKILL)
@@ -61,6 +64,7 @@ def test_workers_finish_a_study_with_promotion_pruning_and_adoption(lab_team, mo
         assert process.returncode == 0, output
         said += output
     assert " promoted at epoch " in said
+    assert " adopted at epoch " in said
     with open_session() as session:
         seen = snapshot.read(session.database, "tiny")
         verdict = verify(session, "tiny")
@@ -69,8 +73,10 @@ def test_workers_finish_a_study_with_promotion_pruning_and_adoption(lab_team, mo
     assert len(seen.trials) == 10
     assert {trial.state for trial in seen.trials} == {"complete", "pruned"}, [t.message for t in seen.trials]
     assert seen.promoted
-    # Figure and note are on the dashboard, which reads as the reader.
+    # Figure and note are on the dashboard, which reads as the reader, who may also ask for results.
     lab_team.become(monkeypatch, READER)
+    for command in ("show", "status", "front", "compare", "verify"):
+        assert run(["study", command, "tiny"]) == 0, command
     address = given_address()
     assert address is not None
     with serving(address) as request:
@@ -83,7 +89,6 @@ def test_workers_finish_a_study_with_promotion_pruning_and_adoption(lab_team, mo
         assert len(shown["trials"]) == 10
 
 
-@only_lab
 def test_a_lost_trial_fails_and_a_bad_one_too_as_the_worker_role(lab_team, monkeypatch):
     base = TINY["base"] | {"optimizer": {"learning_rate": 1e4, "momentum": 0.99, "weight_decay": 1e4}}
     make(lab_team, monkeypatch, base=base, budget={"trials": 2, "epochs": 4})
@@ -106,7 +111,6 @@ def test_a_lost_trial_fails_and_a_bad_one_too_as_the_worker_role(lab_team, monke
         assert {t.state for t in trials[1:]} <= {"complete", "pruned"}
 
 
-@only_lab
 def test_a_password_that_changes_stops_no_worker(lab_team, monkeypatch):
     """Changed at the server first, then in the file; all connections are cut in between."""
     make(lab_team, monkeypatch, budget={"trials": 2, "epochs": 60})
@@ -140,7 +144,6 @@ def test_a_password_that_changes_stops_no_worker(lab_team, monkeypatch):
     assert [(t.state, t.losses) for t in seen.trials] == [("complete", 0)] * 2
 
 
-@only_lab
 def test_a_dashboard_outlives_its_old_password(lab_team, monkeypatch):
     make(lab_team, monkeypatch)
     lab_team.become(monkeypatch, READER)
@@ -158,7 +161,6 @@ def test_a_dashboard_outlives_its_old_password(lab_team, monkeypatch):
         assert request("GET", "/api/studies")[0] == 200
 
 
-@only_lab
 def test_the_reader_s_dashboard_may_start_before_the_tables(new_team, monkeypatch, subprocess_env):
     with psycopg2.connect(libpq_url(new_team.url("headsearch", password=True))) as connection:
         connection.cursor().execute(f"CREATE ROLE {READER} LOGIN")
@@ -184,7 +186,6 @@ def test_the_reader_s_dashboard_may_start_before_the_tables(new_team, monkeypatc
     assert dashboard.returncode == 0, output
 
 
-@only_lab
 def test_a_writable_dashboard_needs_a_role_that_writes(a_team, monkeypatch, capsys, headsearch_home):
     study = make(a_team, monkeypatch)
     a_team.become(monkeypatch, READER)
@@ -206,7 +207,6 @@ def test_a_writable_dashboard_needs_a_role_that_writes(a_team, monkeypatch, caps
         assert request("GET", page)[0] == 200
 
 
-@only_lab
 def test_a_password_file_that_is_being_replaced_is_a_database_that_is_away(lab_team):
     with open_session() as session:
         file = lab_team.file(WORKER)

@@ -6,9 +6,12 @@ import os
 import shutil
 from pathlib import Path
 
+import psycopg2
 import pytest
 from processes import Command
+from team import LAB, Team
 from test_dashboard import serving
+from test_roles import FORBIDDEN, LARGE_OBJECTS, WRITES, allowed, make
 from test_worker import TINY
 from tls import PASSWORD, EncryptingServer, encrypting_programs, encrypting_server
 
@@ -153,3 +156,22 @@ def test_a_session_with_the_wrong_authority_begins_nothing(
     monkeypatch.setenv("HEADSEARCH_DATABASE_URL", url)
     with pytest.raises(DatabaseError, match="another authority"), open_database():
         pass
+
+
+def test_the_roles_are_as_tight_on_this_server(
+    server: EncryptingServer, tmp_path: Path, headsearch_home: Path, monkeypatch
+) -> None:
+    """Of another version than the embedded one, with a database as CREATE DATABASE makes it."""
+    connection = psycopg2.connect(server.url())
+    connection.autocommit = True
+    with connection.cursor() as cursor:
+        cursor.execute(f"CREATE ROLE {LAB} LOGIN CREATEROLE PASSWORD 'x'")
+        cursor.execute("CREATE DATABASE team")
+    connection.close()
+    members = Team(server.port, "team", "headsearch", tmp_path)
+    for role, password in (("headsearch", PASSWORD), (WORKER, "w"), (READER, "r")):
+        members.give(role, password)
+    members.bring_up(monkeypatch)
+    make(members, monkeypatch)
+    assert allowed(members, WORKER, FORBIDDEN + LARGE_OBJECTS) == []
+    assert allowed(members, READER, FORBIDDEN + LARGE_OBJECTS + WRITES) == []
