@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -96,6 +97,24 @@ def test_hadolint_finds_what_it_should(tmp_path):
     done = tool("hadolint", wrong)
     assert done.returncode == 1
     assert "DL3006" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("checkov"), reason="no checkov")
+def test_dockerfile_passes_checkov_but_for_what_it_names_with_reasons():
+    done = subprocess.run(
+        ["checkov", "--framework", "dockerfile", "--skip-download", "--output", "json", "--file", DOCKER / "Dockerfile"],
+        capture_output=True, text=True, check=False, timeout=250,
+    )  # fmt: skip
+    found = json.loads(done.stdout)
+    assert found["summary"]["passed"] > 60, done.stderr[-2000:]
+    assert not found["results"]["failed_checks"]
+    skipped = {
+        check["check_id"]: check["check_result"]["suppress_comment"]
+        for check in found["results"]["skipped_checks"]
+    }
+    assert set(skipped) == {"CKV_DOCKER_2", "CKV_DOCKER_7"}
+    assert all(len(reason) > 20 for reason in skipped.values())
 
 
 def test_exceptions_have_reasons():
