@@ -119,6 +119,18 @@ def _no_outer_database(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
+def _gpu_locks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("gpu-locks")
+
+
+@pytest.fixture(autouse=True)
+def _no_outer_gpu_locks(_gpu_locks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers of tests wait for nobody's GPU: many share one, where there is one."""
+    monkeypatch.setenv("HEADSEARCH_GPU_LOCKS", str(_gpu_locks))
+    monkeypatch.setenv("HEADSEARCH_GPU_SLOTS", "32")
+
+
+@pytest.fixture(scope="session")
 def open_folder_factory() -> Callable[..., AbstractContextManager[Path]]:
     """Makes temporary folders that other users may enter, in memory unless told where."""
     return open_folder

@@ -70,15 +70,17 @@ def make_locks_folder() -> Path:
     Raises InputError if it cannot be made where the variable says.
     """
     folder = locks_folder()
+    umask = os.umask(0)  # no moment in which it is there and others cannot write it
     try:
-        folder.mkdir()
-        folder.chmod(_OPEN_TO_ALL)  # whatever the umask is
+        folder.mkdir(_OPEN_TO_ALL)
     except FileExistsError:
         pass
     except OSError as error:
         raise InputError(
             f"{FOLDER_VARIABLE}: {folder} cannot be made ({error.strerror}): make it, or name another folder"
         ) from error
+    finally:
+        os.umask(umask)
     return folder
 
 

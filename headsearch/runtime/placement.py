@@ -36,6 +36,8 @@ LOOK_SECONDS = 0.5
 """Between two looks for a free GPU."""
 SAY_SECONDS = 60.0
 """Between two lines that say that there is none."""
+WAITING: Final = "waiting for a GPU"
+"""How these begin."""
 INSTALL: Final = "install a torch built for your driver's CUDA: https://pytorch.org/get-started"
 _DEVICE = re.compile(r"auto|cpu|cuda(?::(\d+))?")
 
@@ -212,7 +214,7 @@ def _waiting(gpus: tuple[Gpu, ...], slots: int, found: list[Holder | None]) -> s
     names = list(dict.fromkeys(str(who) for who in found if who)) or ["others"]
     count = f"{len(gpus)} GPUs" if len(gpus) > 1 else str(gpus[0])
     shared = f" for {slots} workers each" if slots > 1 else ""
-    return f"waiting for a GPU: {count}{shared}, all taken by {', '.join(names)}"
+    return f"{WAITING}: {count}{shared}, all taken by {', '.join(names)}"
 
 
 def _wanted(name: str, say: Callable[[str], None]) -> bool:

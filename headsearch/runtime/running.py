@@ -10,7 +10,7 @@ from typing import Protocol
 from headsearch.errors import HeadsearchError, UnknownStudyError, WorldError
 from headsearch.runtime.launcher import STOP_SECONDS, ExitedWorker, LocalWorkers, default_workers
 from headsearch.runtime.patience import patiently
-from headsearch.runtime.placement import check_device, gpu_places
+from headsearch.runtime.placement import WAITING, check_device, gpu_places
 from headsearch.runtime.session import Session
 from headsearch.runtime.signals import drain_on_signal
 from headsearch.search import snapshot as snapshots
@@ -101,14 +101,14 @@ def run_study(session: Session, study: Study, crew: Crew, watch: Watcher) -> Run
         return RunResult(first, started=False, interrupted=False, seconds=0.0)
     count = crew.workers or default_workers(crew.device)
     where = f"{count} worker{'s' if count > 1 else ''}, device {crew.device}"
-    if 0 < (places := gpu_places(crew.device)) < count:
+    if crew.workers and 0 < (places := gpu_places(crew.device)) < count:
         where += f" ({count - places} wait: the GPUs here take {places} at a time, see HEADSEARCH_GPU_SLOTS)"
     with (
         drain_on_signal(watch.note) as drain,
         LocalWorkers(study.name, count, device=crew.device, threads=crew.threads, home=session.home) as pool,
     ):
         watch.start(first, f"{where}; logs in {pool.log(0).parent}")
-        state = "open"
+        state, started_at, waiting = "open", time.time(), False
         while True:
             for exited in pool.poll():
                 if exited.returncode:
@@ -120,6 +120,9 @@ def run_study(session: Session, study: Study, crew: Crew, watch: Watcher) -> Run
             watch.update(now)
             if now.study.ended:
                 break
+            if not (now.workers or waiting) and (line := _waiting(pool.log(0), started_at)):
+                waiting = True  # for other studies' workers: said once
+                watch.note(f"worker 0 is {line}")
             if now.study.state != state:
                 state = now.study.state
                 watch.note(f"study {study.name} is {state}")
@@ -154,6 +157,12 @@ def _obituary(exited: ExitedWorker) -> str:
     then = "started again" if exited.restarted else "not started again"
     reason = _last_line(exited.log)
     return f"worker {exited.index} died ({how}), {then}; {exited.log}{f': {reason}' if reason else ''}"
+
+
+def _waiting(log: Path, since: float) -> str | None:
+    """The line with which a worker says that all GPUs are taken, if that was its last one since a moment."""
+    line = _last_line(log)
+    return line if line.startswith(WAITING) and log.stat().st_mtime >= since else None
 
 
 def _last_line(log: Path) -> str:

@@ -9,6 +9,8 @@ has no part of ours in it. The exit code of a holder that meets another in its s
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import signal
@@ -54,11 +56,15 @@ def hold(device: str) -> int:
 
 
 def _witnessed(witness: socket.socket, name: str) -> bool:
+    # Names of sockets are short.
+    digest = hashlib.sha256(f"{os.environ['HEADSEARCH_GPU_LOCKS']} {name}".encode()).hexdigest()
     deadline = time.monotonic() + WITNESS_SECONDS
     while True:
         try:
-            witness.bind(f"\0{os.environ['HEADSEARCH_GPU_LOCKS']} {name}")
-        except OSError:
+            witness.bind(f"\0headsearch-{digest}")
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.01)
@@ -126,8 +132,9 @@ class Nursery:
 
 
 def _nurse() -> None:
-    import headsearch.runtime.placement  # noqa: F401  loaded once for all
+    from headsearch.runtime import placement  # loaded once for all
 
+    placement.LOOK_SECONDS = 0.02  # so that they meet often
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks for their exit codes: gone when they end
     for line in sys.stdin:
         device, log = line.split()

@@ -1,16 +1,21 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from fake_nvidia import NO_DRIVER, FakeNvidia, gpus
 
 from headsearch import __version__
 from headsearch.cli.app import run
 from headsearch.runtime import doctor
+from headsearch.runtime import gpus as gpus_module
 from headsearch.runtime.doctor import Finding, examine
+from headsearch.runtime.gpulocks import take
+from headsearch.runtime.gpus import listing
 
 
 def named(findings: list[Finding], name: str) -> list[Finding]:
@@ -68,15 +73,68 @@ def test_a_full_disk_and_a_wrong_data_folder_are_notes(
     assert [f.state for f in named(findings, "data")] == ["ok", "note"]
 
 
-def test_gpus_that_torch_cannot_use_are_told(headsearch_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeNvidia:
+    fake = FakeNvidia(tmp_path)
+    monkeypatch.setenv("PATH", f"{fake.bin}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("HEADSEARCH_GPU_LOCKS", str(tmp_path / "locks"))
+    for name in ("CUDA_VISIBLE_DEVICES", "HEADSEARCH_GPU_SLOTS"):
+        monkeypatch.delenv(name, raising=False)
+    return fake
+
+
+def test_gpus_that_torch_cannot_use_are_told(headsearch_home: Path, fake: FakeNvidia) -> None:
     import torch
 
     if torch.cuda.is_available():
         pytest.skip("torch uses the GPU here")
-    monkeypatch.setattr(doctor, "gpus", lambda: ["GPU 0: H100"])
+    assert "no GPU" in named(examine(), "cuda")[0].text
+    fake.show(gpus(1))
     (cuda,) = named(examine(), "cuda")
     assert "nvidia-smi lists 1 GPUs that torch" in cuda.text
     assert cuda.remedy
+
+
+def test_leases_of_gpus_are_shown(
+    headsearch_home: Path, fake: FakeNvidia, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = gpus(2)
+    fake.show(shown)
+    looked = list(doctor._gpus())
+    assert [(f.name, f.text.split(": ")[1]) for f in looked[:2]] == [("cuda:0", "free"), ("cuda:1", "free")]
+    assert not (tmp_path / "locks").exists(), "looking makes nothing"
+    (tmp_path / "locks").mkdir()
+    lease = take(listing().gpus, 1, tmp_path / "locks")
+    assert lease
+    lease.sign("lab-3:77:abc")
+    first, second, locks = doctor._gpus()
+    assert first.text.startswith(f"NVIDIA A100-SXM4-40GB {shown[0].uuid}: held by lab-3:77:abc since 20")
+    assert second.text == f"NVIDIA A100-SXM4-40GB {shown[1].uuid}: free"
+    assert locks.text == f"leases in {tmp_path / 'locks'}, 1 for each GPU (HEADSEARCH_GPU_SLOTS)"
+    monkeypatch.setenv("HEADSEARCH_GPU_SLOTS", "2")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    only, _ = doctor._gpus()
+    assert "slot 0 held by lab-3:77:abc since" in only.text
+    assert only.text.endswith("; slot 1 free")
+    lease.release()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    hidden, _ = doctor._gpus()
+    assert (hidden.state, hidden.text) == ("note", "CUDA_VISIBLE_DEVICES='5' leaves none of 2 GPUs")
+
+
+def test_a_driver_that_fails_is_a_note_and_one_that_hangs_is_broken(
+    headsearch_home: Path, fake: FakeNvidia, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake.say(NO_DRIVER, code=9)
+    (finding,) = named(examine(), "gpus")
+    assert finding.state == "note"
+    assert "couldn't communicate" in finding.text
+    monkeypatch.setattr(gpus_module, "ANSWER_SECONDS", 0.2)
+    fake.hang()
+    assert [f.state for f in named(examine(), "gpus")] == ["broken"]
+    monkeypatch.setenv("HEADSEARCH_GPU_SLOTS", "x")
+    fake.show(gpus(1))
+    assert "HEADSEARCH_GPU_SLOTS" in named(examine(), "gpus")[0].text
 
 
 def test_decoded_data_sets_are_counted(headsearch_home: Path) -> None:

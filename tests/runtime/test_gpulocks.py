@@ -7,7 +7,6 @@ import os
 import stat
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -74,7 +73,10 @@ def test_the_file_says_who(tmp_path, leases):
     lease = leases(GPUS, 2, tmp_path)
     (path,) = tmp_path.glob("gpu-GPU-0a.0.lock")
     assert set(json.loads(path.read_text())) == {"host", "pid", "worker", "since"}
-    assert [str(who) for who in holders(GPUS[0], 2, tmp_path)] == [f"{os.uname().nodename}:{os.getpid()}", "None"]
+    assert [str(who) for who in holders(GPUS[0], 2, tmp_path)] == [
+        f"{os.uname().nodename}:{os.getpid()}",
+        "None",
+    ]
     lease.sign("lab-3:12:abc123")
     who, nobody = holders(GPUS[0], 2, tmp_path)
     assert (str(who), who.pid, nobody) == ("lab-3:12:abc123", os.getpid(), None)
@@ -191,13 +193,12 @@ def test_a_file_that_was_removed_while_it_was_locked_is_made_anew(tmp_path, leas
 def test_neither_forked_processes_nor_programs_keep_a_lease(tmp_path, leases):
     """They may outlive the worker: a loader that hangs must not hold its GPU."""
     code = (
-        "import os, subprocess, sys; from pathlib import Path\n"
+        "import os, signal, subprocess, sys; from pathlib import Path\n"
         "from headsearch.runtime.gpulocks import take; from headsearch.runtime.gpus import Gpu\n"
         "lease = take([Gpu(0, 'A100', 'GPU-0a')], 1, Path(sys.argv[1]))\n"
         "program = subprocess.Popen(['sleep', '60'], close_fds=False)\n"
         "forked = os.fork()\n"
-        "if forked == 0: os.execlp('sleep', 'sleep', '60') if os.fork() == 0 else os.pause() if hasattr(os, 'pause') "
-        "else __import__('signal').pause()\n"
+        "if forked == 0: signal.pause()\n"
         "print(lease, program.pid, forked, flush=True); sys.stdin.read()"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}

@@ -133,9 +133,7 @@ def test_none_installed_or_not_a_program(tmp_path: Path, monkeypatch: pytest.Mon
     assert (listing().problem or "").startswith("nvidia-smi: cannot be started")
 
 
-FOUND = tuple(
-    Gpu(number, "A100", gpu.uuid) for number, gpu in enumerate(map(FakeGpu, range(4)))
-)
+FOUND = tuple(Gpu(number, "A100", gpu.uuid) for number, gpu in enumerate(map(FakeGpu, range(4))))
 UUIDS = [gpu.uuid for gpu in FOUND]
 
 
@@ -186,5 +184,7 @@ def test_the_fake_from_a_shell(tmp_path: Path) -> None:
     made = subprocess.run(
         [sys.executable, script, tmp_path / "fake", "3"], capture_output=True, text=True, check=True
     )
-    said = subprocess.run([f"{made.stdout.strip()}/nvidia-smi", "-L"], capture_output=True, text=True, check=True)
+    said = subprocess.run(
+        [f"{made.stdout.strip()}/nvidia-smi", "-L"], capture_output=True, text=True, check=True
+    )
     assert [gpu.uuid for gpu in parse_list(said.stdout)] == [gpu.uuid for gpu in gpus(3)]

@@ -211,12 +211,19 @@ def test_two_hundred_kills_and_starts(fake, start):
         time.sleep(chance.choice([0, 0, 0.01, 0.1]))
         held = Counter((one.got["uuid"], one.got["slot"]) for one in alive if one.got)
         assert max(held.values(), default=0) <= 1, held
-    settle(alive, min(4, len(alive)))
+    while len(alive) < 9:
+        alive.append(start())
+        all_of_them.append(alive[-1])
+    while len(alive) > 4:
+        held, waiting = settle(alive, 4)
+        held[0].end()
+        alive.remove(held[0])
+    settle(alive, 4)
+    assert all("waiting" in holder.said for holder in waiting), "five were handed on"
     said = [holder.said for holder in all_of_them]
     assert not any("shared" in text or "Traceback" in text for text in said)
     assert kills > 60
-    assert sum('"uuid"' in text for text in said) > 30, "leases were taken"
-    assert sum("waiting" in text and '"uuid"' in text for text in said) > 5, "and handed on"
+    assert sum('"uuid"' in text for text in said) > 20, "leases were taken"
 
 
 def test_a_waiting_one_says_so_again_and_leaves_on_a_signal(fake, start, place, monkeypatch):
@@ -254,7 +261,9 @@ def test_auto_without_a_gpu_is_the_cpu(fake, place, monkeypatch, tmp_path):
     fake.say(NO_DRIVER, code=9)
     found, (line,) = place("auto")
     assert found == Place("cpu")
-    assert line.startswith("nvidia-smi: NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA")
+    assert line.startswith(
+        "nvidia-smi: NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA"
+    )
     assert line.endswith("training on the CPU")
     fake.show(gpus(2))
     for hidden in ("", "-1", "7"):
@@ -274,7 +283,9 @@ def test_a_gpu_that_is_asked_for_and_not_there(fake, place, monkeypatch, device)
     with pytest.raises(InputError, match=f"^device: {device} is not there; available: cpu$"):
         place(device)
     fake.say(NO_DRIVER, code=9)
-    with pytest.raises(WorldError, match=f"^device: {device} is not there; nvidia-smi: NVIDIA-SMI has failed"):
+    with pytest.raises(
+        WorldError, match=f"^device: {device} is not there; nvidia-smi: NVIDIA-SMI has failed"
+    ):
         place(device)
     fake.show(gpus(4))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -318,7 +329,9 @@ def test_torch_that_cannot_use_the_gpu(fake, place, monkeypatch):
     assert settled(found, "cuda", lines.append) is found
     assert found.lease is not None
     assert settled(Place("cuda"), "cuda", lines.append) == Place("cuda")
-    assert lines[1:] == ["no nvidia-smi on the PATH: this worker has no lease of its GPU, others may use it too"]
+    assert lines[1:] == [
+        "no nvidia-smi on the PATH: this worker has no lease of its GPU, others may use it too"
+    ]
     assert settled(Place("cpu"), "cpu", lines.append) == Place("cpu")
     assert len(lines) == 2
 
@@ -349,7 +362,9 @@ def test_a_device_is_checked_before_a_study_is_made(fake, monkeypatch):
         check_device("cuda")
     fake.show(gpus(2))
     check_device("auto")
-    with pytest.raises(InputError, match=r"device: cuda:1: torch 9 is built without CUDA, though nvidia-smi lists"):
+    with pytest.raises(
+        InputError, match=r"device: cuda:1: torch 9 is built without CUDA, though nvidia-smi lists"
+    ):
         check_device("cuda:1")
     monkeypatch.setattr(devices, "cuda_problem", lambda: None)
     check_device("cuda:1")
