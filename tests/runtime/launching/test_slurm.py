@@ -99,7 +99,7 @@ def test_a_job_array_works_a_study_off_on_the_embedded_server(headsearch_home, s
         Command("db", "stop", "--force").communicate(timeout=120)
 
 
-def test_a_requeued_task_gives_its_trial_back_and_another_finishes_it(start, url_in_a_file):
+def test_a_requeued_task_gives_its_trial_back_and_another_finishes_it(url_in_a_file, start):
     job = start("requeued", "--workers", "3", epochs=150, seeds=(0,))
     wait_for(lambda: " epoch 2/150" in job.log(0), 300)
     slurm("scontrol", "requeue", f"{job.number}_0")
@@ -119,7 +119,7 @@ def test_a_requeued_task_gives_its_trial_back_and_another_finishes_it(start, url
         assert url_in_a_file.encode() not in file.read_bytes(), file
 
 
-def test_a_task_that_nears_its_limit_drains_and_is_requeued(start, url_in_a_file):
+def test_a_task_that_nears_its_limit_drains_and_is_requeued(url_in_a_file, start):
     """The limit is two minutes, and the notice comes a minute ahead of it, or as early as Slurm likes."""
     job = start("limited", "--workers", "2", "--minutes", "2", epochs=20_000, seeds=(0,), drain_seconds=0)
     wait_for(lambda: "SIGUSR2: finishing this epoch" in job.log(1), 300)
@@ -133,7 +133,7 @@ def test_a_task_that_nears_its_limit_drains_and_is_requeued(start, url_in_a_file
         assert all(trial.losses == 0 for trial in read(session, "limited").trials)
 
 
-def test_a_cancelled_job_gives_its_trials_back(start, url_in_a_file):
+def test_a_cancelled_job_gives_its_trials_back(url_in_a_file, start):
     job = start("cancelled", "--workers", "1", epochs=20_000, seeds=(0,))
     log = job.logs / f"{job.number}_0_log.out"
     wait_for(lambda: log.exists() and " epoch 2/" in log.read_text(), 300)
