@@ -24,7 +24,7 @@ from headsearch.runtime.session import open_session
 from headsearch.search import snapshot, studies
 from headsearch.spec import StudySpec
 
-pytestmark = [pytest.mark.postgres, pytest.mark.slow]
+pytestmark = [pytest.mark.postgres, pytest.mark.slow, pytest.mark.hostile]
 
 LIMIT = 200.0
 TINY = {

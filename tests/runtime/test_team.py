@@ -22,7 +22,7 @@ from headsearch.runtime.verifying import verify
 from headsearch.search import snapshot, studies
 from headsearch.search.roles import READER, WORKER
 
-pytestmark = [pytest.mark.postgres, pytest.mark.slow]
+pytestmark = [pytest.mark.postgres, pytest.mark.slow, pytest.mark.hostile]
 
 
 @pytest.fixture

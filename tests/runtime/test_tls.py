@@ -25,7 +25,7 @@ from headsearch.search import snapshot, studies
 from headsearch.search.roles import READER, WORKER
 from headsearch.spec import StudySpec
 
-pytestmark = [pytest.mark.postgres, pytest.mark.slow]
+pytestmark = [pytest.mark.postgres, pytest.mark.slow, pytest.mark.hostile]
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from headsearch.search import studies
 from headsearch.spec import StudySpec
 
 __all__ = ["world"]
-pytestmark = [pytest.mark.postgres, pytest.mark.slow]
+pytestmark = [pytest.mark.postgres, pytest.mark.slow, pytest.mark.hostile]
 STUDY = """
 name = "here"
 [budget]
