@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -52,14 +53,19 @@ def begin(tmp_path):
 
     yield launch
     for pid in started:
-        if psutil.pid_exists(pid):
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):  # it ends while we look
             for child in psutil.Process(pid).children(recursive=True):
                 child.kill()
             os.kill(pid, signal.SIGKILL)
 
 
 def gone(pids):
-    return not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids)
+    def is_gone(pid):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return psutil.Process(pid).status() == "zombie"
+        return True
+
+    return all(map(is_gone, pids))
 
 
 def test_they_finish_the_study_of_a_file(world, begin):
