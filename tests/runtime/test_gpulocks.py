@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from embedded import wait_until
 
 from headsearch.errors import InputError, StorageError
 from headsearch.runtime import gpulocks
