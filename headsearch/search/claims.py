@@ -8,8 +8,9 @@ complete.
 
 The whole decision holds an advisory lock of the study, so the budget is exact and no two workers
 take the same trial however close they come. A process that dies while it holds the lock loses it with
-its connection. What it may leave is a RUNNING trial of Optuna's that our table does not know; the next
-claim for a new trial takes that one, with its number and any parameters it has.
+its connection, and leaves nothing: a new trial becomes Optuna's and ours in the same transaction. A RUNNING
+trial of Optuna's that our table does not know was begun by another client; the next claim for a new trial
+takes that one, with its number and any parameters it has.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def claim(database: Database, study: Study, worker_id: str, device: str) -> Clai
     """Take the next piece of work for `worker_id`.
 
     Others wait for the lock in line. Behind a pooler they ask again and again instead, and hold no connection
-    meanwhile: Optuna's part of a claim needs a second one, and none would be free if all waited on theirs.
+    meanwhile: of its few, all would be with those who wait, and none with those who report.
 
     Raises:
         UnknownStudyError: The study was deleted.
@@ -257,25 +258,22 @@ class _Decision:
             params=json.dumps(params),
         )
         assert row is not None  # noqa: S101
-        # In the transaction of our row: should the lock have gone with its connection, another claim has
-        # the same trial, and must not find our parameters on it.
         history.store(
             self.connection, trial._trial_id, params, distributions(self.spec), notes, but=trial.params
         )
         return self._claim(row, "new")
 
     def _optuna_trial(self, fixed: Params | None) -> FrozenTrial:
-        """A fresh RUNNING trial, or one that a worker left before our row was written.
+        """A fresh RUNNING trial, or one that another client of Optuna's began.
 
         One that was left with parameters of its own serves no point that is `fixed` otherwise, and ends.
         """
-        storage = self.database.storage
         for trial_id in outcomes.strays(self.connection, self.study, "RUNNING"):
             trial = history.trial(self.connection, trial_id)
             if fixed is None or all(fixed.get(path) == value for path, value in trial.params.items()):
                 return trial
-            storage.set_trial_state_values(trial_id, TrialState.FAIL)
-        return history.trial(self.connection, storage.create_new_trial(self.study.study_id))
+            self.database.storage.set_trial_state_values(trial_id, TrialState.FAIL)
+        return history.create(self.connection, self.study.study_id)
 
     def _requeued(self) -> tuple[Params, int] | None:
         """The point of a failed trial that somebody wants trained again, if none has begun it yet."""

@@ -27,10 +27,10 @@ LOCK_CLAIM = 0x6865
 """Advisory lock keys: one for the schema, one for creating studies, and a class whose second key is
 the study, for claims."""
 
-# A worker keeps one connection, which Optuna's storage shares; only inside a claim are there two. The lease
-# thread opens one for each thing that it says (`brief`), or every worker that waits in line for a claim would
-# keep a second. So N workers take N connections, and not twice as many, of the hundred that a server has by
-# default.
+# A worker keeps one connection, which Optuna's storage shares; two are rare (a sampler that notes something
+# on the study inside a claim). The lease thread opens one for each thing that it says (`brief`), or every
+# worker that waits in line for a claim would keep a second. So N workers take N connections, and not twice as
+# many, of the hundred that a server has by default.
 ENGINE_OPTIONS: dict[str, Any] = {
     "pool_size": 1,
     "max_overflow": 3,

@@ -76,6 +76,29 @@ def trial(connection: Connection, trial_id: int) -> FrozenTrial:
     return _load(connection, rows)[trial_id]
 
 
+def create(connection: Connection, study_id: int) -> FrozenTrial:
+    """A new RUNNING trial of Optuna's, which is there once the caller's transaction is.
+
+    Numbered under the study's row as Optuna does it, so that none of its clients takes the same number.
+    Source: optuna/storages/_rdb/storage.py, `_create_new_trial`; optuna/storages/_rdb/models.py,
+    `count_past_trials`.
+    """
+    connection.execute(
+        text("SELECT 1 FROM public.studies WHERE study_id = :study_id FOR NO KEY UPDATE"),
+        {"study_id": study_id},
+    )
+    # A statement of its own: it sees what was committed while the one before waited.
+    trial_id: int = connection.execute(
+        text(
+            "INSERT INTO public.trials (number, study_id, state, datetime_start) "
+            "SELECT count(*), :study_id, 'RUNNING', clock_timestamp() AT TIME ZONE 'UTC' "
+            "FROM public.trials WHERE study_id = :study_id RETURNING trial_id"
+        ),
+        {"study_id": study_id},
+    ).scalar_one()
+    return trial(connection, trial_id)
+
+
 def _load(connection: Connection, rows: Sequence[Row[Any]]) -> dict[int, FrozenTrial]:
     """Trials of Optuna's by id, of rows of its table `trials`."""
     ids = {"ids": [row.trial_id for row in rows]}

@@ -142,11 +142,7 @@ def strays(connection: Connection, study: Study, *states: str) -> list[int]:
 
 
 def fail_strays(database: Database, connection: Connection, study: Study) -> None:
-    """End trials that only Optuna has, in a study that ends.
-
-    Optuna repeats the making of a trial when its answer was lost, so a claim may leave more than one; other
-    clients may have enqueued some.
-    """
+    """End trials that only Optuna has, in a study that ends: other clients began or enqueued them."""
     with quietly(), translated():
         for trial_id in strays(connection, study, "RUNNING", "WAITING"):
             with contextlib.suppress(UpdateFinishedTrialError):

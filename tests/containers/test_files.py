@@ -170,7 +170,9 @@ def test_gpus_are_all_that_the_second_file_adds():
     assert list(added) == ["services"]
     assert list(added["services"]) == ["worker"]
     worker = added["services"]["worker"]
-    assert set(worker) == {"image", "build", "deploy"}
+    assert set(worker) == {"image", "build", "command", "deploy"}
+    both = yaml.safe_load(COMPOSE.read_text())["services"]["worker"]["command"]
+    assert worker["command"] == both.replace("${HEADSEARCH_DEVICE:-auto}", "cuda")
     [reserved] = worker["deploy"]["resources"]["reservations"]["devices"]
     assert reserved == {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
 

@@ -15,7 +15,7 @@ def use(monkeypatch, database):
 
 
 def begin(database, name="toy", **changes):
-    """A study with complete, paused and failing-to-be-there trials: one is running, on a worker that lives."""
+    """A study with complete and paused trials, and one that is running, on a worker that lives."""
     study = studies.create(database, make_spec(name=name, **changes))[0]
     states = []
     while "complete" not in states or len(states) < 7:

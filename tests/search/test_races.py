@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import optuna
 import pytest
@@ -12,12 +13,13 @@ from test_adversary import beside, expire
 from toy import outcome_of, report_of, train, work_off
 
 from headsearch.errors import DatabaseError, LeaseLost
-from headsearch.search import claims, leases, outcomes, snapshot, steering, studies, workers
+from headsearch.search import claims, history, leases, outcomes, snapshot, steering, studies, workers
 from headsearch.search.audit import audit
 from headsearch.search.claims import Claim, Idle, claim
 from headsearch.search.database import Database
 from headsearch.search.leases import Report
 from headsearch.search.outcomes import Outcome
+from headsearch.search.sampling import distributions
 
 pytestmark = pytest.mark.postgres
 
@@ -148,11 +150,9 @@ def test_a_worker_that_was_taken_for_lost_is_alive_when_it_claims(database, make
     assert len(snapshot.read(database, "toy").workers) == 2
 
 
-def test_a_stray_with_parameters_of_its_own_serves_no_other_point(database, make_study, monkeypatch):
-    """A claim dies between Optuna's parameters and its commit; a requeued point comes next."""
-    study = make_study()
-    work = claim(database, study, "a", "cpu")
-    outcomes.finish(database, study, 0, work.attempt, Outcome("failed", reason="lost", message="x"))
+@contextlib.contextmanager
+def cut_at_commit(monkeypatch):
+    """Every transaction of ours loses its connection at COMMIT."""
     real = Database.begin
 
     @contextlib.contextmanager
@@ -164,8 +164,45 @@ def test_a_stray_with_parameters_of_its_own_serves_no_other_point(database, make
 
     with monkeypatch.context() as patched:
         patched.setattr(Database, "begin", cut)
-        with pytest.raises(DatabaseError):
-            claim(database, study, "a", "cpu")
+        yield
+
+
+def test_a_claim_that_dies_leaves_nothing(database, make_study, monkeypatch):
+    study = make_study()
+    with cut_at_commit(monkeypatch), pytest.raises(DatabaseError):
+        claim(database, study, "a", "cpu")
+    assert states(database) == []
+    assert claim(database, study, "a", "cpu").number == 0
+    assert states(database) == ["RUNNING"]
+
+
+def test_other_clients_and_claims_number_their_trials_in_one_sequence(database, make_study):
+    """Also where one of them is in the middle: numbers are given under the study's row, as Optuna does."""
+    study = make_study()
+    toy = optuna.load_study(study_name="toy", storage=database.url)
+    with database.begin() as connection:
+        ours = history.create(connection, study.study_id)
+        with ThreadPoolExecutor(1) as pool:
+            theirs = pool.submit(toy.ask)
+            with pytest.raises(TimeoutError):
+                theirs.result(0.5)
+            connection.commit()
+            assert (ours.number, theirs.result(10).number) == (0, 1)
+    seen = toy.get_trials()
+    assert [trial.number for trial in seen] == [0, 1]
+    age = abs((seen[0].datetime_start - seen[1].datetime_start).total_seconds())
+    assert age < 60, "both in the clock of Optuna's table"
+
+
+def test_a_stray_with_parameters_of_its_own_serves_no_other_point(database, make_study):
+    """Another client began a trial; a requeued point comes next."""
+    study = make_study()
+    work = claim(database, study, "a", "cpu")
+    outcomes.finish(database, study, 0, work.attempt, Outcome("failed", reason="lost", message="x"))
+    dims = distributions(study.spec)["head.projection_dim"]
+    toy = optuna.load_study(study_name="toy", storage=database.url)
+    toy.enqueue_trial({"head.projection_dim": 2 if work.params["head.projection_dim"] != 2 else 4})
+    toy.ask({"head.projection_dim": dims})
     assert states(database) == ["FAIL", "RUNNING"]
     steering.requeue(database, "toy", [0])
     again = claim(database, study, "a", "cpu")
