@@ -64,10 +64,23 @@ def one_point(spec: StudySpec, overrides: Iterable[str] = (), *, seed: int | Non
         given = tree.get(table, {}).get("kind")
         if given and chosen.get(f"{table}.kind", given) != given:
             tree[table] = {}  # the other kind's fields
-    for path, value in chosen.items():
-        set_path(tree, path, value)
     if seed is not None:
         tree["seed"] = seed
+    return _validated(tree, {path: value for path, value in chosen.items() if seed is None or path != "seed"})
+
+
+def configured(overrides: Iterable[str]) -> TrialConfig:
+    """The trial configuration that differs from the default by `overrides`, of no study.
+
+    Raises:
+        SpecError: An override that is not valid.
+    """
+    return _validated({}, dict(_split(override) for override in overrides))
+
+
+def _validated(tree: dict[str, Any], chosen: dict[str, Any]) -> TrialConfig:
+    for path, value in chosen.items():
+        set_path(tree, path, value)
     try:
         return TrialConfig.model_validate(tree)
     except ValidationError as error:

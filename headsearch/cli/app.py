@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from headsearch import __version__
-from headsearch.cli import database, launch, machine, steering, study, training
+from headsearch.cli import bench, database, launch, machine, steering, study, training
 from headsearch.errors import HeadsearchError
 
 USAGE = 2
@@ -28,6 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 training.add_to(app)
+bench.add_to(app)
 launch.add_to(app)
 steering.add_to(study.app)
 app.add_typer(study.app, name="study")

@@ -5,12 +5,16 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from headsearch.config import TrainingConfig
 from headsearch.core.features import Precision, resolve_precision
+
+CPUINFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True)
@@ -80,3 +84,13 @@ def device_label(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} {torch.cuda.get_device_name(device)}"
     return f"cpu of {os.cpu_count()} cores"
+
+
+def processor(device: torch.device) -> str:
+    """What computes, for people: a GPU's name, or the CPU's model, its cores and what torch uses of it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    told = CPUINFO.read_text() if CPUINFO.exists() else ""
+    found = re.search(r"^model name\s*:\s*(.+)$", told, re.MULTILINE)
+    model = found[1].strip() if found else platform.processor() or platform.machine()
+    return f"{model}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"

@@ -1,13 +1,19 @@
-"""What running out of memory means to a trial."""
+"""Memory: what running out of it means to a trial, and how much a computation took."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Self
 
 import torch
 
 from headsearch.errors import TrialFailure
+
+CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+"""Linux's: writing 5 to the first makes it forget the peak that the second tells (man 5 proc)."""
 
 
 @contextmanager
@@ -28,3 +34,30 @@ def free_memory(device: torch.device) -> None:
     """Give back what torch's allocator keeps of the device for later use."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+class PeakMemory:
+    """Within: notices the most memory that is taken at a time, in bytes, and has it in `found` at the end.
+
+    On a GPU, of what torch took of it; else of this process's resident memory, where the system tells
+    (Linux).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.found: int | None = None
+
+    def __enter__(self) -> Self:
+        """Forget earlier peaks."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        elif CLEAR.exists():
+            CLEAR.write_text("5")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Read the peak."""
+        if self.device.type == "cuda":
+            self.found = torch.cuda.max_memory_allocated(self.device)
+        elif STATUS.exists() and (peak := re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())):
+            self.found = int(peak[1]) * 1024

@@ -30,6 +30,9 @@ SOLARIZE_FROM = 128 / 255
 SIGMA = (0.1, 2.0)
 """Standard deviations of the blur, in pixels."""
 
+FUSED_ON = ("cpu",)
+"""Kinds of device for which each view is made at one go, by `viewkernel`."""
+
 _CHUNK_VALUES = {"cpu": 1 << 19, "cuda": 1 << 28}
 """Float values worked on at a time: what a core's cache holds, or a share of a GPU's memory."""
 
@@ -83,6 +86,7 @@ class Views:
         self.config = config
         self.image_size = image_size
         self.dtype = dtype
+        self._fused = normalization[0].device.type in FUSED_ON
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         mean, std = (part.float().view(1, 3, 1, 1) for part in normalization)
         self._scale, self._shift = 1 / std, -mean / std
@@ -145,6 +149,8 @@ class Views:
 
     def apply(self, images: Tensor, draws: Draws) -> Tensor:
         """Views (V, 3, S, S) that `draws` describes, view v of image v mod B."""
+        if self._fused:
+            return self._apply_fused(images, draws)
         out = torch.empty(
             (len(draws), *images.shape[1:]),
             dtype=self.dtype,
@@ -169,6 +175,23 @@ class Views:
                 pixels.mul_(self._scale).add_(self._shift)
             out.index_copy_(0, rows.view, pixels.to(self.dtype))
         return out
+
+    def _apply_fused(self, images: Tensor, draws: Draws) -> Tensor:
+        from headsearch.core.viewkernel import make_views  # loads numba
+
+        size, last = self.image_size, self.memory_format == torch.channels_last
+        weights = blur_weights(size, draws) if max(self._blur) > 0 else torch.empty(len(draws), 0)
+        drawn = (draws.view, draws.box, draws.flip, draws.factors, draws.order, draws.hue, draws.grayscale)
+        parts = (*drawn, weights, draws.solarize, self._scale.flatten(), self._shift.flatten())
+        out = torch.empty(len(draws), size, size, 3) if last else torch.empty(len(draws), 3, size, size)
+        make_views(
+            images.contiguous().numpy(),
+            tuple(part.contiguous().numpy() for part in parts),
+            out.flatten(1).numpy(),
+            last=last,
+            threads=torch.get_num_threads(),
+        )
+        return (out.permute(0, 3, 1, 2) if last else out).to(self.dtype)
 
     def _make(self, images: Tensor, count: int, generator: Generator, firsts: int | None = None) -> Tensor:
         if not count:
@@ -228,13 +251,19 @@ def _jitter_(pixels: Tensor, draws: Draws) -> None:
             blend_(pixels, factors[:, position], contrast[:, position], saturation[:, position])
 
 
+def blur_weights(image_size: int, draws: Draws) -> Tensor:
+    """Half of each view's Gaussian kernel, (V, half + 1), its middle first; a view without has an impulse."""
+    half = kernel_size(image_size) // 2
+    taps = torch.arange(half + 1, device=draws.sigma.device)
+    weights = (taps / draws.sigma[:, None]).square_().mul_(-0.5).exp_()
+    weights = weights / (2 * weights.sum(1, keepdim=True) - weights[:, :1])
+    return torch.where(draws.blur[:, None], weights, (taps == 0).float())
+
+
 def _blur(pixels: Tensor, draws: Draws) -> Tensor:
     """Blur (V, 3, S, S) with each view's own Gaussian, edges reflected; a view without has an impulse."""
-    half = kernel_size(pixels.shape[-1]) // 2
-    taps = torch.arange(half + 1, device=pixels.device)
-    weights = (taps / draws.sigma[:, None]).square_().mul_(-0.5).exp_()  # (V, half + 1), one side
-    weights = weights / (2 * weights.sum(1, keepdim=True) - weights[:, :1])
-    weights = torch.where(draws.blur[:, None], weights, (taps == 0).float())[:, :, None, None, None]
+    weights = blur_weights(pixels.shape[-1], draws)[:, :, None, None, None]
+    half = weights.shape[1] - 1
     for dim in (2, 3):
         pad = (half, half, 0, 0) if dim == 3 else (0, 0, half, half)
         wide, side = functional.pad(pixels, pad, mode="reflect"), pixels.shape[dim]

@@ -60,6 +60,7 @@ def by_hand(image: np.ndarray, draws: Draws, row: int) -> np.ndarray:
     return x
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("size", [4, 9, 32])
 def test_whole_views_pixel_by_pixel(size):
     pixels = images(2, size)
@@ -72,6 +73,7 @@ def test_whole_views_pixel_by_pixel(size):
         np.testing.assert_allclose(got[view], want, atol=3e-5, err_msg=f"row {row}")
 
 
+@pytest.mark.usefixtures("way")
 def test_normalisation_is_the_last_step():
     pixels = images(3, 6)
     mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.1])
@@ -89,6 +91,7 @@ def test_normalisation_is_the_last_step():
     )
 
 
+@pytest.mark.usefixtures("way")
 def test_operations_against_torchvision():
     """A second oracle, for what the references above and the code could both have wrong."""
     pixels = images(4, 12)
@@ -125,6 +128,7 @@ def test_kernel_is_a_tenth_of_the_image(size, kernel):
     assert kernel_size(size) == kernel
 
 
+@pytest.mark.usefixtures("way")
 def test_wide_blur_by_direct_sum():
     pixels = images(1, 96)[:, :, :, :]
     draws = replace(still(4, 96), blur=torch.ones(4, dtype=torch.bool), sigma=torch.full((4,), 1.7))
@@ -217,6 +221,7 @@ def test_two_views_of_an_image_are_drawn_independently():
     assert (first != second).any(axis=1).all()
 
 
+@pytest.mark.usefixtures("way")
 def test_a_pair_shows_each_image_twice_and_no_other():
     """Images of one colour each: no crop can hide which image a view came from."""
     colours = torch.arange(1, 8, dtype=torch.uint8)[:, None, None, None].expand(7, 3, 6, 6) * 30
@@ -226,6 +231,7 @@ def test_a_pair_shows_each_image_twice_and_no_other():
     torch.testing.assert_close(pair, (colours.float() / 255).repeat(2, 1, 1, 1), rtol=0, atol=1e-5)
 
 
+@pytest.mark.usefixtures("way")
 def test_the_two_views_of_an_image_differ_and_repeat_with_the_generator():
     pixels = images(5, 16)
     views = Views(ALL_ON, 16, IDENTITY)

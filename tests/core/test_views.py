@@ -86,6 +86,7 @@ def compare(draws: Draws, size: int, tolerance: float = TOLERANCE) -> None:
     torch.testing.assert_close(ours[draws.view], theirs, rtol=0, atol=tolerance)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("size", [8, 32, 33, 96])
 def test_crop_and_flip_match_torchvision(size: int) -> None:
     count = 32
@@ -101,6 +102,7 @@ def test_crop_and_flip_match_torchvision(size: int) -> None:
     )
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("operation", range(3))
 def test_brightness_contrast_saturation_match_torchvision(operation: int) -> None:
     count = 48
@@ -109,15 +111,18 @@ def test_brightness_contrast_saturation_match_torchvision(operation: int) -> Non
     compare(dataclasses.replace(identity(count, 12), factors=factors), 12)
 
 
+@pytest.mark.usefixtures("way")
 def test_hue_matches_torchvision() -> None:
     count = 64
     compare(dataclasses.replace(identity(count, 12), hue=torch.linspace(-0.5, 0.5, count)), 12)
 
 
+@pytest.mark.usefixtures("way")
 def test_grayscale_matches_torchvision() -> None:
     compare(dataclasses.replace(identity(8, 12), grayscale=torch.arange(8) % 2 == 0), 12)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("size", [8, 32, 96, 128])
 def test_blur_matches_torchvision(size: int) -> None:
     count = 12
@@ -134,6 +139,7 @@ def test_kernel_is_the_odd_number_nearest_to_a_tenth(size: int, kernel: int) -> 
     assert kernel_size(size) == kernel
 
 
+@pytest.mark.usefixtures("way")
 def test_all_operations_in_every_order_match_torchvision() -> None:
     orders = [order for order in itertools.permutations(range(3)) for _ in range(4)]
     draws = dataclasses.replace(
@@ -143,6 +149,7 @@ def test_all_operations_in_every_order_match_torchvision() -> None:
     compare(draws, 32, tolerance=2e-4)
 
 
+@pytest.mark.usefixtures("way")
 def test_random_views_match_torchvision_through_the_public_call() -> None:
     images, views = random_images(30, 32), Views(ALL, 32, ZSCORE)
     ours = views.pair(images, generator(5))
@@ -154,6 +161,7 @@ def test_random_views_match_torchvision_through_the_public_call() -> None:
         torch.testing.assert_close(ours[view], expected, rtol=0, atol=1e-3)
 
 
+@pytest.mark.usefixtures("way")
 def test_nothing_asked_for_changes_nothing() -> None:
     images = random_images(10, 16)
     views = Views(STILL, 16, ZSCORE)
@@ -164,6 +172,7 @@ def test_nothing_asked_for_changes_nothing() -> None:
     assert torch.equal(pair[:10], pair[10:])
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 5, 300])
 def test_any_number_of_images(count: int) -> None:
     images = random_images(max(count, 6), 32)[:count]
@@ -175,6 +184,7 @@ def test_any_number_of_images(count: int) -> None:
     assert pair.numel() == 0 or (pair.min() >= 0 and pair.max() <= 1 + 1e-6)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dtype_and_memory_format(dtype: torch.dtype) -> None:
     images = random_images(9, 32)
@@ -187,6 +197,7 @@ def test_dtype_and_memory_format(dtype: torch.dtype) -> None:
     assert torch.equal(made, wanted.to(dtype))
 
 
+@pytest.mark.usefixtures("way")
 def test_the_generator_determines_the_views() -> None:
     images, views = random_images(40, 32), Views(ALL, 32, PLAIN)
     first = views.pair(images, generator(1))
@@ -199,6 +210,7 @@ def test_the_generator_determines_the_views() -> None:
     assert not torch.equal(first, views.pair(images, stream))
 
 
+@pytest.mark.usefixtures("way")
 def test_chunks_do_not_change_the_views(monkeypatch: pytest.MonkeyPatch) -> None:
     images, views = random_images(50, 16), Views(ALL, 16, PLAIN)
     whole = views.pair(images, generator(4))
@@ -206,6 +218,22 @@ def test_chunks_do_not_change_the_views(monkeypatch: pytest.MonkeyPatch) -> None
     torch.testing.assert_close(views.pair(images, generator(4)), whole, rtol=0, atol=1e-6)
 
 
+def test_threads_do_not_change_the_views() -> None:
+    images, views = random_images(70, 16)[:, :, ::2], Views(ALL, 8, ZSCORE, channels_last=True)
+    assert not images.is_contiguous()
+    images = images[..., ::2]
+    before, made = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            made.append(views.pair(images, generator(1)))
+    finally:
+        torch.set_num_threads(before)
+    assert made[0].equal(made[1])
+    assert made[0].equal(made[2])
+
+
+@pytest.mark.usefixtures("way")
 def test_images_are_left_as_they_were() -> None:
     images = random_images(12, 16)
     before = images.clone()
@@ -284,6 +312,7 @@ def test_probabilities(field: str) -> None:
     assert stats.binomtest(int(drawn.sum()), DRAWN, 0.3).pvalue > 1e-4
 
 
+@pytest.mark.usefixtures("way")
 def test_a_share_of_views_keeps_its_colours() -> None:
     draws = Views(ViewsConfig(jitter_probability=0.8), 32, PLAIN).draw(DRAWN, generator(1))
     kept = (draws.factors == 1).all(1)

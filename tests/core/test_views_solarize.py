@@ -86,12 +86,14 @@ def assert_views(pixels: Tensor, draws: Draws, tolerance: float = TOLERANCE) -> 
     return inverted
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("size", [8, 33])
 def test_solarised_views_are_torchvisions_and_the_others_stay(size: int) -> None:
     draws = replace(still(12, size), solarize=torch.arange(12) % 3 != 1)
     assert assert_views(random_images(12, size), draws) > 8 * size * size
 
 
+@pytest.mark.usefixtures("way")
 def test_every_pixel_value_is_that_of_pil() -> None:
     """Byte by byte: 127 stays, 128 becomes 127."""
     values = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(1, 3, 1, 1)
@@ -103,6 +105,7 @@ def test_every_pixel_value_is_that_of_pil() -> None:
             assert (channel * 255).round().int().tolist() == np.asarray(pil).astype(int).tolist()
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("field", ["grayscale", "blur"])
 def test_grayscale_and_blur_come_first(field: str) -> None:
     """The other order gives other pixels: a grey of inverted colours is not an inverted grey."""
@@ -122,6 +125,7 @@ def test_grayscale_and_blur_come_first(field: str) -> None:
     assert (made - swapped).abs().amax((1, 2, 3)).min() > 0.05
 
 
+@pytest.mark.usefixtures("way")
 def test_all_operations_together_are_torchvisions() -> None:
     draws = Views(ON, 16, IDENTITY).draw(64, generator(1), firsts=32)
     assert draws.solarize.any()
@@ -130,6 +134,7 @@ def test_all_operations_together_are_torchvisions() -> None:
     assert assert_views(random_images(32, 16), draws, tolerance=2e-4) > 0
 
 
+@pytest.mark.usefixtures("way")
 def test_normalisation_comes_after_solarisation() -> None:
     pixels, draws = random_images(16, 8), Views(ON, 8, IDENTITY).draw(32, generator(2))
     plain = Views(ON, 8, IDENTITY).apply(pixels, draws)
@@ -183,6 +188,7 @@ def test_each_view_has_its_own_probabilities(
             assert chi2_contingency(table).pvalue > 1e-3, "drawn independently of each other"
 
 
+@pytest.mark.usefixtures("way")
 def test_without_a_number_of_firsts_all_are_first_views() -> None:
     config = ViewsConfig(solarize_probability=0.0, second_solarize_probability=1.0, blur_probability=1.0,
                          second_blur_probability=0.0)  # fmt: skip
@@ -198,6 +204,7 @@ def test_second_views_are_numbered_from_firsts_on(firsts: int) -> None:
     assert by_view(draws, "solarize").tolist() == [number >= firsts for number in range(8)]
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("count", [1, 3, 6, 7])
 @pytest.mark.parametrize("second", [True, False])
 def test_a_pair_counts_its_images_as_first_views(count: int, second: bool) -> None:
@@ -213,6 +220,7 @@ def test_a_pair_counts_its_images_as_first_views(count: int, second: bool) -> No
     assert single.unique().tolist() == [200 if second else 55], "a lone view is a first one"
 
 
+@pytest.mark.usefixtures("way")
 def test_blur_of_a_pair_is_that_of_its_views() -> None:
     config = ViewsConfig(**STILL, blur_probability=1.0, second_blur_probability=0.0)
     pixels = random_images(7, 16)
@@ -225,6 +233,7 @@ def recipe_views(name: str) -> ViewsConfig:
     return TrialConfig.model_validate({"recipe": name, "training": {"epochs": 200}}).views
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(
     ("name", "blur", "solarize"),
     [

@@ -1,0 +1,72 @@
+"""The command that measures this machine."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from headsearch.cli.options import Device, Json, Overrides, Threads, emit, emit_lines, note
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the command of this file."""
+    app.command()(bench)
+
+
+def bench(
+    study: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[STUDY.toml]",
+            help="Measure the first point of this study on its images; by default SimCLR on images of noise.",
+        ),
+    ] = None,
+    encoder: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Encoder to measure. May be repeated.")
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(metavar="N", min=2, help="Batch size to measure. May be repeated.")
+    ] = None,
+    image_size: Annotated[int, typer.Option(min=4, max=1024, help="Side of the images of noise.")] = 32,
+    images: Annotated[int, typer.Option(min=2, help="Training images of noise.")] = 5000,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds, of which the median is taken.")] = 5,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Of each part in each round, about.")] = 2.0,
+    probe: Annotated[bool, typer.Option(help="Measure the final probe too.")] = True,
+    overrides: Overrides = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Measure how near training comes to the encoder's own speed here, and where the rest goes.
+
+    The limit is the encoder's forward and backward on views that are there already. Training, limit and each
+    stage take turns in every round.
+    """
+    from headsearch.home import home_folder
+    from headsearch.report.benchmark import bench_table, hardware_line, reading
+    from headsearch.runtime.bench import bench as measured
+    from headsearch.runtime.bundled import study_file
+
+    results = []
+    for one in measured(
+        study_file(study) if study else None,
+        overrides or [],
+        encoders=encoder or (),
+        batches=batch or (),
+        image_size=image_size,
+        images=images,
+        device=device,
+        threads=threads,
+        repeats=repeats,
+        seconds=seconds,
+        probe=probe,
+        home=home_folder(),
+    ):
+        results.append(one)
+        if not as_json:
+            note(reading(one))
+    if as_json:
+        emit({"hardware": hardware_line(results[0]), "results": [one.to_json() for one in results]})
+    else:
+        emit_lines([hardware_line(results[0]), *bench_table(results).lines()])

@@ -1,0 +1,202 @@
+"""How near a training comes to its encoder's own speed on this machine, and where the rest goes."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final
+
+import torch
+
+from headsearch.config import TrialConfig
+from headsearch.core.checkpoint import CheckpointFolder
+from headsearch.core.encoders import feature_dim
+from headsearch.core.features import Precision, build_views, resolve_precision
+from headsearch.core.hardware import processor
+from headsearch.core.heads import head_facts
+from headsearch.core.images import ImageSet, Split
+from headsearch.core.learner import Learner, build_learner
+from headsearch.core.memory import PeakMemory, memory_checked
+from headsearch.core.pretrain import Pretrained, check_steps
+from headsearch.core.probe import evaluate
+from headsearch.core.reporting import Reporter
+from headsearch.core.stages import WARM_STEPS, Stages, random_images, seconds_of
+
+LEAST_STEPS: Final = 2
+"""Of one measurement, however slow they are."""
+NOISE_CLASSES: Final = 10
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Repeated measurements of one thing: the median, and the smallest and largest."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Measure:
+        """Summarise `values`."""
+        return cls(statistics.median(values), min(values), max(values))
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What one encoder and batch size came to.
+
+    Speeds are views per second. `limit` is that of the encoder's forward and backward alone; `share` is
+    `training` over `limit`, each repeat's own ratio. Stages are seconds a step; their sum may miss the step
+    by what the parts hide from each other. Report, checkpoint and probe are seconds each, once an epoch, a
+    save and a trial. `epoch_seconds` is that of an epoch over `train_images`, without report and checkpoint.
+    """
+
+    encoder: str
+    head: str
+    batch_size: int
+    image_size: int
+    precision: Precision
+    channels_last: bool
+    device: str
+    model: str
+    torch: str
+    threads: int
+    repeats: int
+    steps: int
+    training: Measure
+    limit: Measure
+    share: Measure
+    step_seconds: float
+    stages: dict[str, float]
+    train_images: int
+    epoch_seconds: float
+    report_seconds: float
+    report_images: int
+    checkpoint_seconds: float
+    probe_seconds: float | None
+    peak_bytes: int | None
+    """Of the process's memory, or on a GPU of what torch took there; what the images take is in it."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def measure(
+    config: TrialConfig,
+    images: ImageSet,
+    *,
+    device: torch.device,
+    home: Path,
+    repeats: int,
+    seconds: float,
+    probe: bool,
+) -> Benchmark:
+    """Benchmark the training of `config`: `repeats` rounds in which each part is run for about `seconds`.
+
+    Whole epochs, the bare encoder and the other parts take turns in each round, so that what else the
+    machine does meets all of them. Raises SpecError if a batch does not fit the training images, and
+    TrialFailure like `pretrain`.
+    """
+    check_steps(config, images)
+    precision = resolve_precision(config.training, device)
+    with memory_checked(), PeakMemory(device) as peak, TemporaryDirectory(dir=_folder(home)) as folder:
+        learner = build_learner(config, images, device, home)
+        views = build_views(config, images, device)
+        train = images.train.to(device)
+        stages = Stages(learner, train, views, precision)
+        parts: dict[str, Callable[[int], None]] = {
+            "training": stages.epoch,
+            "encoder": stages.encoder,
+            "views": stages.make_views,
+            "head and loss": stages.head,
+            "optimizer": stages.optimizer,
+        }
+        steps = {name: _steps(part, device, seconds) for name, part in parts.items()}
+        steps["training"] = min(steps["training"], max(1, len(train) // stages.batch_size))
+        per_step: dict[str, list[float]] = {name: [] for name in parts}
+        for _ in range(repeats):
+            for name, part in parts.items():
+                per_step[name].append(seconds_of(lambda: part(steps[name]), device) / steps[name])  # noqa: B023
+        reporter = Reporter(learner, train, images.validation.to(device), views, precision)
+        reporting = [
+            seconds_of(lambda: reporter.measure(1, len(images.classes)), device)
+            for _ in range(min(repeats, 3))
+        ]
+        store = CheckpointFolder(Path(folder) / "benchmark")
+        saving = [seconds_of(lambda: stages.save(store), device) for _ in range(min(repeats, 3))]
+        probing = None
+        if probe:
+            pretrained = _pretrained(learner, config, precision)
+            probing = seconds_of(lambda: evaluate(pretrained, images, config, device=device), device)
+    views_a_step = 2 * config.training.batch_size
+    step = statistics.median(per_step["training"])
+    named = {name: statistics.median(values) for name, values in per_step.items() if name != "training"}
+    return Benchmark(
+        encoder=config.encoder.name,
+        head=config.head.kind,
+        batch_size=config.training.batch_size,
+        image_size=images.image_size,
+        precision=precision,
+        channels_last=config.training.channels_last,
+        device=device.type,
+        model=processor(device),
+        torch=torch.__version__,
+        threads=torch.get_num_threads(),
+        repeats=repeats,
+        steps=steps["training"],
+        training=Measure.of([views_a_step / value for value in per_step["training"]]),
+        limit=Measure.of([views_a_step / value for value in per_step["encoder"]]),
+        share=Measure.of(
+            [bare / whole for bare, whole in zip(per_step["encoder"], per_step["training"], strict=True)]
+        ),
+        step_seconds=step,
+        stages=named,
+        train_images=len(train),
+        epoch_seconds=step * (len(train) // config.training.batch_size),
+        report_seconds=statistics.median(reporting),
+        report_images=len(reporter.train) + len(reporter.validation),
+        checkpoint_seconds=statistics.median(saving),
+        probe_seconds=probing,
+        peak_bytes=peak.found,
+    )
+
+
+def noise(count: int, image_size: int) -> ImageSet:
+    """Images of noise: `count` for training, a ninth as many for validation, a fifth for the test."""
+    train, validation, test = (
+        Split(*random_images(max(NOISE_CLASSES, size), image_size, NOISE_CLASSES, seed))
+        for seed, size in enumerate((count, count // 9, count // 5))
+    )
+    names = tuple(str(number) for number in range(NOISE_CLASSES))
+    return ImageSet("noise", names, train, validation, test, fingerprint=f"noise-{count}-{image_size}")
+
+
+def _steps(part: Callable[[int], None], device: torch.device, seconds: float) -> int:
+    """How many steps take about `seconds`; makes a few to see."""
+    part(WARM_STEPS)
+    each = seconds_of(lambda: part(WARM_STEPS), device) / WARM_STEPS
+    return max(LEAST_STEPS, round(seconds / each))
+
+
+def _folder(home: Path) -> Path:
+    """Where checkpoints are on this machine, so that the same disk is measured."""
+    folder = home / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _pretrained(learner: Learner, config: TrialConfig, precision: Precision) -> Pretrained:
+    return Pretrained(
+        encoder=learner.encoder,
+        head=learner.head,
+        online=learner.online,
+        **asdict(head_facts(config.head, feature_dim(config.encoder), learner.head)),
+        train_seconds=0.0,
+        views_per_second=0.0,
+        autoencoder=learner.autoencoder,
+        precision=precision,
+    )

@@ -1,0 +1,123 @@
+"""The parts of a training, each run by itself on the same batch, so that their times compare."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from headsearch.core.checkpoint import CheckpointFolder
+from headsearch.core.epoch import CPU, Batch, train_epoch
+from headsearch.core.features import Precision
+from headsearch.core.images import Split
+from headsearch.core.learner import Learner
+from headsearch.core.optimizers import set_rate
+from headsearch.core.randomness import generator
+from headsearch.core.views import Views
+
+WARM_STEPS: Final = 2
+"""Before anything is timed: allocators, oneDNN's and cuDNN's choices, and the optimizer's state."""
+
+
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """Time `call`, with all that it makes the device do."""
+    if device.type != "cuda":
+        began = time.perf_counter()
+        call()
+        return time.perf_counter() - began
+    # Events are in the device's own time: the wait for the host to hear of the end is in none of them.
+    began_at, ended_at = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    began_at.record()
+    call()
+    ended_at.record()
+    ended_at.synchronize()
+    return float(began_at.elapsed_time(ended_at)) / 1000
+
+
+class Stages:
+    """One learner and one batch: whole epochs, the bare encoder, and what an epoch adds to it.
+
+    Each method does the work of `steps` steps. `encoder` is the limit: the passes through the encoder that
+    an epoch makes of views that are there already, forward and backward, and nothing else.
+    """
+
+    def __init__(self, learner: Learner, train: Split, views: Views, precision: Precision) -> None:
+        self.learner, self.views, self.precision, self.train = learner, views, precision, train
+        config = learner.config
+        self.batch_size = config.training.batch_size
+        self.rows = torch.arange(self.batch_size, device=train.images.device)
+        self.draws = generator(train.images.device, config.seed, "views", 0)
+        self.passes = config.scheme.steps_per_batch if config.scheme.kind == "joint" else 1
+        with torch.no_grad():
+            pair = views.pair(train.images[self.rows], self.draws)
+        labels = train.labels[self.rows]
+        self.batch = Batch(learner, precision, pair, labels, 0, len(train) // self.batch_size)
+        self.epochs = 0
+        self.epoch(WARM_STEPS)
+        self.features = self.batch.features().detach().requires_grad_()
+        self.gradient = torch.full_like(self.features, 1.0 / self.features.numel())
+        self.encoder(WARM_STEPS)
+
+    def epoch(self, steps: int) -> None:
+        """Train as a trial does, on the first images that make so many steps."""
+        count = min(steps * self.batch_size, len(self.train))
+        split = Split(self.train.images[:count], self.train.labels[:count])
+        for _ in range(max(1, steps * self.batch_size // count)):
+            # Another number each time: an epoch of the same number has the same views.
+            self.epochs += 1
+            train_epoch(self.learner, self.epochs, split, self.views, self.precision, warm=True)
+
+    def encoder(self, steps: int) -> None:
+        """Forward and backward of the encoder alone."""
+        self.learner.encoder.train()
+        for _ in range(steps * self.passes):
+            self.learner.encoder.zero_grad()
+            self.batch.features().backward(self.gradient)
+
+    @torch.no_grad()
+    def make_views(self, steps: int) -> None:
+        """Draw the rows of a batch and make two views of each."""
+        for _ in range(steps):
+            self.views.pair(self.train.images[self.rows], self.draws)
+
+    def head(self, steps: int) -> None:
+        """Forward and backward of head and objective, and of the online probe, from fixed features."""
+        self.learner.head.train()
+        for _ in range(steps * self.passes):
+            self.features.grad = None
+            self.learner.head.zero_grad()
+            loss = self.batch.loss(self.features) + self.batch.online_loss(self.features)
+            loss.backward()
+
+    def optimizer(self, steps: int) -> None:
+        """Steps of the optimizers, which change nothing: their rate is 0."""
+        for optimizer in (self.learner.optimizer, self.learner.head_optimizer):
+            if optimizer is not None:
+                for group in optimizer.param_groups:
+                    for weight in group["params"]:
+                        if weight.grad is None:
+                            weight.grad = torch.zeros_like(weight)
+                for _ in range(steps * self.passes):
+                    set_rate(optimizer, 0.0)
+                    optimizer.step()
+
+    def save(self, folder: CheckpointFolder) -> None:
+        """Write a checkpoint of the learner."""
+        folder.save({"epoch": 0, **self.learner.state()})
+
+
+def random_images(count: int, image_size: int, classes: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Images of noise, uint8 (count, 3, S, S), and labels, int64 (count,).
+
+    What a training costs does not depend on what is on its images.
+    """
+    draw = generator(CPU, seed, "noise")
+    shape = (count, 3, image_size, image_size)
+    return (
+        torch.randint(256, shape, dtype=torch.uint8, generator=draw),
+        torch.arange(count) % classes,
+    )

@@ -1,0 +1,78 @@
+"""Tables and lines that say what `headsearch bench` measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from headsearch.core.benchmark import Benchmark, Measure
+from headsearch.report.tables import Table, duration
+
+REPORT_ALLOWANCE, CHECKPOINT_ALLOWANCE = 0.05, 0.01
+"""Shares of an epoch above which the reading names what would lower them."""
+
+
+def bench_table(results: Sequence[Benchmark]) -> Table:
+    """One row for each encoder and batch size."""
+    columns = (
+        "encoder", "batch", "precision", "training views/s", "encoder alone", "share", "views",
+        "head and loss", "optimizer", "report", "checkpoint", "probe", "peak memory",
+    )  # fmt: skip
+    return Table(columns, tuple(_row(one) for one in results))
+
+
+def _row(one: Benchmark) -> tuple[str, ...]:
+    share = stage_shares(one)
+    return (
+        one.encoder,
+        str(one.batch_size),
+        one.precision,
+        _speed(one.training),
+        _speed(one.limit),
+        f"{one.share.median:.1%}",
+        *(f"{share[name]:.1%}" for name in ("views", "head and loss", "optimizer")),
+        f"{one.report_seconds / one.epoch_seconds:.1%}",
+        f"{one.checkpoint_seconds / one.epoch_seconds:.2%}",
+        duration(one.probe_seconds) or "-",
+        f"{one.peak_bytes / 2**30:.2f} GiB" if one.peak_bytes else "-",
+    )
+
+
+def _speed(measure: Measure) -> str:
+    return f"{measure.median:,.0f} ({measure.low:,.0f}-{measure.high:,.0f})"
+
+
+def stage_shares(one: Benchmark) -> dict[str, float]:
+    """What share of a step each stage takes, measured by itself."""
+    return {name: seconds / one.step_seconds for name, seconds in one.stages.items()}
+
+
+def reading(one: Benchmark) -> str:
+    """One line: how near the limit, where the rest goes, and what may be done about it."""
+    share = stage_shares(one)
+    rest = ", ".join(f"{name} {share[name]:.1%}" for name in ("views", "head and loss", "optimizer"))
+    line = (
+        f"{one.encoder}, batch {one.batch_size}: {one.share.median:.0%} of the limit, which is the encoder's "
+        f"own speed; of a step, {rest}"
+    )
+    report = one.report_seconds / one.epoch_seconds
+    if report > REPORT_ALLOWANCE:
+        line += (
+            f"; a report takes {report:.0%} of an epoch of {one.train_images:,} images: fewer "
+            "probe.report_images make it cheaper"
+        )
+    save = one.checkpoint_seconds / one.epoch_seconds
+    if save > CHECKPOINT_ALLOWANCE:
+        line += (
+            f"; a checkpoint takes {save:.1%} of such an epoch: with worker.checkpoint_epochs it is written "
+            "less often"
+        )
+    return line
+
+
+def hardware_line(one: Benchmark) -> str:
+    """What it was measured with."""
+    return (
+        f"{one.model}, {one.threads} threads, torch {one.torch}"
+        if one.device == "cpu"
+        else (f"{one.model}, torch {one.torch}")
+    )

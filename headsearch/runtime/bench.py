@@ -1,0 +1,70 @@
+"""The benchmark of this machine: which trainings it measures, and on which images."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from headsearch.config import TrialConfig
+from headsearch.core.benchmark import Benchmark, measure, noise
+from headsearch.core.device import pick_device
+from headsearch.core.hardware import set_threads
+from headsearch.core.images import ImageSet, load_images
+from headsearch.runtime.preflight import check_data
+from headsearch.runtime.single import point_of
+from headsearch.study_file import configured
+
+ENCODERS = ("small-resnet", "resnet18")
+"""Measured where no study says which."""
+NOISE_PIXELS = 32
+
+
+def bench(
+    study: Path | None,
+    overrides: Sequence[str] = (),
+    *,
+    encoders: Sequence[str] = (),
+    batches: Sequence[int] = (),
+    image_size: int = NOISE_PIXELS,
+    images: int = 5000,
+    device: str = "auto",
+    threads: int | None = None,
+    repeats: int = 5,
+    seconds: float = 2.0,
+    probe: bool = True,
+    home: Path,
+) -> Iterator[Benchmark]:
+    """Benchmark the first point of a study with each encoder and batch size; yield each result.
+
+    Without a study, SimCLR with its usual head on `images` training images of noise of `image_size` pixels.
+
+    Raises:
+        InputError: The study, an override, an encoder or the device is not valid, or images are missing.
+        TrialFailure: A training cannot go on.
+    """
+    set_threads(threads)
+    chosen = pick_device(device)
+    # All of them before the first is measured: a wrong one is heard of at once.
+    names: list[str | None] = [*encoders] or ([None] if study else [*ENCODERS])
+    sizes: list[int | None] = [*batches] or [None]
+    configs = [
+        _config(study, overrides, {"encoder.name": name, "training.batch_size": size})
+        for name, size in itertools.product(names, sizes)
+    ]
+    loaded: ImageSet | None = None
+    for config in configs:
+        if loaded is None:
+            loaded = _images(config, home) if study else noise(images, image_size)
+            loaded = loaded.to(chosen)
+        yield measure(config, loaded, device=chosen, home=home, repeats=repeats, seconds=seconds, probe=probe)
+
+
+def _config(study: Path | None, overrides: Sequence[str], varied: dict[str, str | int | None]) -> TrialConfig:
+    given = [*overrides, *(f"{path}={value}" for path, value in varied.items() if value is not None)]
+    return point_of(study, given) if study else configured(given)
+
+
+def _images(config: TrialConfig, home: Path) -> ImageSet:
+    check_data(config.data, config.training.batch_size, home)
+    return load_images(config.data, home=home)
