@@ -28,6 +28,12 @@ def bench(
     batch: Annotated[
         list[int] | None, typer.Option(metavar="N", min=2, help="Batch size to measure. May be repeated.")
     ] = None,
+    compiled: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--compile", metavar="MODE", help="Measure with torch.compile too: default or reduce-overhead."
+        ),
+    ] = None,
     image_size: Annotated[int, typer.Option(min=4, max=1024, help="Side of the images of noise.")] = 32,
     images: Annotated[int, typer.Option(min=2, help="Training images of noise.")] = 5000,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds, of which the median is taken.")] = 5,
@@ -44,7 +50,7 @@ def bench(
     stage take turns in every round.
     """
     from headsearch.home import home_folder
-    from headsearch.report.benchmark import bench_table, hardware_line, reading
+    from headsearch.report.benchmark import bench_table, compile_lines, hardware_line, reading
     from headsearch.runtime.bench import bench as measured
     from headsearch.runtime.bundled import study_file
 
@@ -54,6 +60,7 @@ def bench(
         overrides or [],
         encoders=encoder or (),
         batches=batch or (),
+        modes=compiled or (),
         image_size=image_size,
         images=images,
         device=device,
@@ -69,4 +76,4 @@ def bench(
     if as_json:
         emit({"hardware": hardware_line(results[0]), "results": [one.to_json() for one in results]})
     else:
-        emit_lines([hardware_line(results[0]), *bench_table(results).lines()])
+        emit_lines([hardware_line(results[0]), *bench_table(results).lines(), *compile_lines(results)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
@@ -60,6 +61,7 @@ class Benchmark:
     image_size: int
     precision: Precision
     channels_last: bool
+    compiled: str
     device: str
     model: str
     torch: str
@@ -120,7 +122,7 @@ def measure(
         per_step: dict[str, list[float]] = {name: [] for name in parts}
         for _ in range(repeats):
             for name, part in parts.items():
-                per_step[name].append(seconds_of(lambda: part(steps[name]), device) / steps[name])  # noqa: B023
+                per_step[name].append(seconds_of(partial(part, steps[name]), device) / steps[name])
         reporter = Reporter(learner, train, images.validation.to(device), views, precision)
         reporting = [
             seconds_of(lambda: reporter.measure(1, len(images.classes)), device)
@@ -142,6 +144,7 @@ def measure(
         image_size=images.image_size,
         precision=precision,
         channels_last=config.training.channels_last,
+        compiled=config.training.compile_encoder,
         device=device.type,
         model=processor(device),
         torch=torch.__version__,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
@@ -122,20 +122,19 @@ class Batch:
 
     def features(self) -> Tensor:
         """Encode the views."""
-        return self._encoded(self.learner.encoder, self.pair)
+        return self._encoded(self.learner.encode, self.pair)
 
     def loss(self, features: Tensor) -> Tensor:
         """Compute the objective on the head's projections of features (2B, F)."""
         projections = self._encoded(self.learner.head, features)
         return objective(self.learner.config.objective, features, projections)
 
-    def _encoded(self, network: nn.Module, rows: Tensor) -> Tensor:
+    def _encoded(self, network: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
         """Apply `network` to the rows of both views, together or one view after the other."""
         with arithmetic(self.pair.device, self.precision):
             if self.learner.config.training.encode_views == "apart":
                 return torch.cat([network(view) for view in rows.chunk(2)])
-            encoded: Tensor = network(rows)
-            return encoded
+            return network(rows)
 
     def online_loss(self, features: Tensor) -> Tensor:
         """Compute the online probe's cross entropy on both views; no gradient reaches the features.

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from headsearch.config import AlternatingScheme, AutoencoderHead, TrialConfig
 from headsearch.core.autoencoder import pretrained_embedding
+from headsearch.core.compiling import CompiledEncoder
 from headsearch.core.encoders import build_encoder
 from headsearch.core.heads import build_head
 from headsearch.core.images import ImageSet
@@ -25,6 +27,8 @@ class Learner:
 
     config: TrialConfig
     encoder: nn.Module
+    encode: Callable[[Tensor], Tensor]
+    """The encoder as training calls it: itself, or compiled."""
     head: nn.Module
     embedding: nn.Linear | None
     """Of the head's autoencoder, kept for a head that is drawn anew."""
@@ -89,4 +93,6 @@ def build_learner(config: TrialConfig, images: ImageSet, device: torch.device, h
         head_optimizer = build_optimizer(scheme.head_optimizer or config.optimizer, head)
     else:
         optimizer = build_optimizer(config.optimizer, encoder, head, online=probe)
-    return Learner(config, encoder, head, embedding, key, online, optimizer, head_optimizer)
+    mode = config.training.compile_encoder
+    encode = encoder if mode == "off" else CompiledEncoder(encoder, mode)
+    return Learner(config, encoder, encode, head, embedding, key, online, optimizer, head_optimizer)

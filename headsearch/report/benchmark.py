@@ -10,11 +10,14 @@ from headsearch.report.tables import Table, duration
 REPORT_ALLOWANCE, CHECKPOINT_ALLOWANCE = 0.05, 0.01
 """Shares of an epoch above which the reading names what would lower them."""
 
+PAYS = 1.05
+"""Ratio of speeds from which compiling is worth its start."""
+
 
 def bench_table(results: Sequence[Benchmark]) -> Table:
     """One row for each encoder and batch size."""
     columns = (
-        "encoder", "batch", "precision", "training views/s", "encoder alone", "share", "views",
+        "encoder", "batch", "precision", "compiled", "training views/s", "encoder alone", "share", "views",
         "head and loss", "optimizer", "report", "checkpoint", "probe", "peak memory",
     )  # fmt: skip
     return Table(columns, tuple(_row(one) for one in results))
@@ -26,6 +29,7 @@ def _row(one: Benchmark) -> tuple[str, ...]:
         one.encoder,
         str(one.batch_size),
         one.precision,
+        one.compiled,
         _speed(one.training),
         _speed(one.limit),
         f"{one.share.median:.1%}",
@@ -67,6 +71,22 @@ def reading(one: Benchmark) -> str:
             "less often"
         )
     return line
+
+
+def compile_lines(results: Sequence[Benchmark]) -> list[str]:
+    """What torch.compile brings, for what was measured with and without it."""
+    plain = {(one.encoder, one.batch_size): one.training.median for one in results if one.compiled == "off"}
+    lines = []
+    for one in results:
+        before = plain.get((one.encoder, one.batch_size))
+        if one.compiled != "off" and before:
+            ratio = one.training.median / before
+            advice = "worth setting" if ratio > PAYS else "does not pay"
+            lines.append(
+                f"{one.encoder}, batch {one.batch_size}: training.compile_encoder={one.compiled} makes "
+                f"training {ratio:.2f} x as fast: {advice} here"
+            )
+    return lines
 
 
 def hardware_line(one: Benchmark) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from headsearch.config import TrialConfig
@@ -26,6 +26,7 @@ def bench(
     *,
     encoders: Sequence[str] = (),
     batches: Sequence[int] = (),
+    modes: Sequence[str] = (),
     image_size: int = NOISE_PIXELS,
     images: int = 5000,
     device: str = "auto",
@@ -35,7 +36,7 @@ def bench(
     probe: bool = True,
     home: Path,
 ) -> Iterator[Benchmark]:
-    """Benchmark the first point of a study with each encoder and batch size; yield each result.
+    """Benchmark the first point of a study with each encoder, batch size and mode of torch.compile.
 
     Without a study, SimCLR with its usual head on `images` training images of noise of `image_size` pixels.
 
@@ -48,9 +49,11 @@ def bench(
     # All of them before the first is measured: a wrong one is heard of at once.
     names: list[str | None] = [*encoders] or ([None] if study else [*ENCODERS])
     sizes: list[int | None] = [*batches] or [None]
+    compiled: list[str | None] = ["off", *modes] if modes else [None]
+    varied = ("encoder.name", "training.batch_size", "training.compile_encoder")
     configs = [
-        _config(study, overrides, {"encoder.name": name, "training.batch_size": size})
-        for name, size in itertools.product(names, sizes)
+        _config(study, overrides, dict(zip(varied, values, strict=True)))
+        for values in itertools.product(names, sizes, compiled)
     ]
     loaded: ImageSet | None = None
     for config in configs:
@@ -60,7 +63,9 @@ def bench(
         yield measure(config, loaded, device=chosen, home=home, repeats=repeats, seconds=seconds, probe=probe)
 
 
-def _config(study: Path | None, overrides: Sequence[str], varied: dict[str, str | int | None]) -> TrialConfig:
+def _config(
+    study: Path | None, overrides: Sequence[str], varied: Mapping[str, str | int | None]
+) -> TrialConfig:
     given = [*overrides, *(f"{path}={value}" for path, value in varied.items() if value is not None)]
     return point_of(study, given) if study else configured(given)
 

@@ -1,0 +1,98 @@
+"""`headsearch bench`: what it prints and refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from headsearch.cli.app import run
+from headsearch.report.benchmark import bench_table, reading
+from headsearch.runtime.bench import bench
+
+QUICK = ["bench", "--images", "96", "--image-size", "8", "--repeats", "1", "--seconds", "0"]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HEADSEARCH_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def test_json_has_every_encoder_and_batch(capsys):
+    assert run([*QUICK, "--encoder", "small-resnet", "--batch", "16", "--batch", "32", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert "torch" in found["hardware"]
+    assert [(one["encoder"], one["batch_size"]) for one in found["results"]] == [
+        ("small-resnet", 16),
+        ("small-resnet", 32),
+    ]
+    for one in found["results"]:
+        assert set(one["stages"]) == {"encoder", "views", "head and loss", "optimizer"}
+        for name in ("training", "limit", "share"):
+            assert 0 < one[name]["low"] <= one[name]["median"] <= one[name]["high"]
+        assert one["train_images"] == 96
+        assert one["probe_seconds"] > 0
+
+
+def test_a_table_and_a_line_to_read(capsys):
+    assert run([*QUICK, "--encoder", "small-resnet", "--batch", "16", "--no-probe"]) == 0
+    said = capsys.readouterr()
+    assert said.out.splitlines()[1].split()[:3] == ["encoder", "batch", "precision"]
+    assert said.out.splitlines()[2].startswith("small-resnet")
+    assert "small-resnet, batch 16: " in said.err
+    assert "% of the limit, which is the encoder's own speed; of a step, views " in said.err
+
+
+def test_a_study_is_measured_on_its_own_images(capsys):
+    given = ["bench", "quickstart", "--repeats", "1", "--seconds", "0", "--no-probe", "--json"]
+    assert run([*given, "--set", "training.batch_size=64"]) == 0
+    [one] = json.loads(capsys.readouterr().out)["results"]
+    assert (one["encoder"], one["image_size"], one["batch_size"]) == ("small-resnet", 8, 64)
+
+
+def test_both_encoders_without_a_study(home):
+    results = bench(
+        None,
+        ["training.batch_size=4"],
+        images=8,
+        image_size=8,
+        repeats=1,
+        seconds=0.0,
+        probe=False,
+        home=home,
+    )
+    assert [one.encoder for one in results] == ["small-resnet", "resnet18"]
+
+
+def test_the_reading_names_what_helps(home):
+    [one] = bench(
+        None,
+        ["training.batch_size=16"],
+        encoders=["small-resnet"],
+        images=32,
+        image_size=8,
+        repeats=1,
+        seconds=0.0,
+        home=home,
+    )
+    # Two steps an epoch: the report on 32 images is far above its share.
+    assert "fewer probe.report_images make it cheaper" in reading(one)
+    assert len(bench_table([one]).rows) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--encoder", "vit"], "encoder.name"),
+        (["--batch", "512"], "batch_size: 512 is more than the 96 training images"),
+        (["--set", "nonsense=1"], "nonsense"),
+        (["--device", "tpu"], "device: 'tpu' is none of auto, cpu, cuda"),
+        (["missing.toml"], "missing.toml"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(capsys, words, message):
+    assert run([*QUICK, *words]) == 2
+    said = capsys.readouterr()
+    assert message in said.err
+    assert said.out == ""
