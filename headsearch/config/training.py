@@ -145,8 +145,8 @@ class TrainingConfig(Config):
     """Memory layout of images and convolutions."""
     compile_encoder: Literal["off", "default", "reduce-overhead"] = "off"
     """torch.compile of the encoder's passes, by mode; `reduce-overhead` is CUDA graphs. Whether it pays on a
-    machine, `headsearch bench --compile` says. A trial begins half a minute later, and the encoder stays as it
-    is where compiling fails."""
+    machine, `headsearch bench --compile` says. A trial begins half a minute later; where compiling fails, the
+    encoder stays as it is."""
     encode_views: Literal["together", "apart"] = "together"
     """Whether both views of a batch go through encoder and head at once, and share the statistics of batch
     norms (google-research/simclr), or one after the other (solo-learn, lightly)."""
