@@ -41,11 +41,12 @@ ENGINE_OPTIONS: dict[str, Any] = {
         "connect_timeout": 10,
         "application_name": "headsearch",
         # A cut that is mended costs about its length again before TCP asks once more: give up sooner, and ask
-        # over a new connection.
+        # over a new connection. Not much sooner: machines with too much to do, and virtual ones, stand still
+        # for seconds.
         "keepalives_idle": 10,
         "keepalives_interval": 5,
         "keepalives_count": 2,
-        "tcp_user_timeout": 10_000,
+        "tcp_user_timeout": 20_000,
     },
 }
 SERVER_OPTIONS = (

@@ -107,7 +107,9 @@ class Crew:
             self.processes.remove(process)
         while len(self.processes) < self.count:
             log = str(self.folder / f"{self.study}.log")
-            process = self.context.Process(target=work, args=(self.study, str(self.orders.folder), log))
+            process = self.context.Process(
+                target=work, args=(self.study, str(self.orders.folder), log, dict(os.environ))
+            )
             process.start()
             self.processes.append(process)
             self.started += 1

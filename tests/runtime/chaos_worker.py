@@ -60,8 +60,13 @@ class Orders:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def work(study: str, orders_folder: str, log: str) -> None:
-    """Be a worker that obeys; its lines go to `log`."""
+def work(study: str, orders_folder: str, log: str, environment: dict[str, str]) -> None:
+    """Be a worker that obeys; its lines go to `log`.
+
+    A fork server has the environment of whichever test was the first to need one.
+    """
+    os.environ.clear()
+    os.environ.update(environment)
     orders = Orders(Path(orders_folder))
     with Path(log).open("a", encoding="utf-8", buffering=1) as file:
         os.dup2(file.fileno(), 1)
