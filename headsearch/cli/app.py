@@ -14,6 +14,7 @@ import typer
 from headsearch import __version__
 from headsearch.cli import bench, database, launch, machine, steering, study, training
 from headsearch.errors import HeadsearchError
+from headsearch.openmp import spin_briefly
 
 USAGE = 2
 INTERRUPTED = 130
@@ -53,6 +54,7 @@ def _options(
 
 def main() -> None:
     """Run the command line and exit."""
+    spin_briefly()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     # The commands that load data name the files left out; once in the log is enough, in one line.
     logging.getLogger("headsearch.core.folder").setLevel(logging.ERROR)

@@ -24,10 +24,8 @@ from headsearch.core.memory import PeakMemory, memory_checked
 from headsearch.core.pretrain import Pretrained, check_steps
 from headsearch.core.probe import evaluate
 from headsearch.core.reporting import Reporter
-from headsearch.core.stages import WARM_STEPS, Stages, random_images, seconds_of
+from headsearch.core.stages import Stages, random_images, seconds_of
 
-LEAST_STEPS: Final = 2
-"""Of one measurement, however slow they are."""
 NOISE_CLASSES: Final = 10
 
 
@@ -179,10 +177,9 @@ def noise(count: int, image_size: int) -> ImageSet:
 
 
 def _steps(part: Callable[[int], None], device: torch.device, seconds: float) -> int:
-    """How many steps take about `seconds`; makes a few to see."""
-    part(WARM_STEPS)
-    each = seconds_of(lambda: part(WARM_STEPS), device) / WARM_STEPS
-    return max(LEAST_STEPS, round(seconds / each))
+    """How many steps take about `seconds`; makes one to see."""
+    each = seconds_of(lambda: part(1), device)
+    return max(1, round(seconds / each))
 
 
 def _folder(home: Path) -> Path:

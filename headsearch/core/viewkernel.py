@@ -56,13 +56,13 @@ def crop(
     box: Array,
     flip: bool,
     pixels: Array,
-    row: Array,
+    rows: Array,
     first: Array,
     share: Array,
 ) -> None:
     """Crop, flip and resize one uint8 image (3, S, S) to floats (3, S, S) in [0, 1], bilinearly.
 
-    `row` (S + 1,), `first` and `share` (S,) are space to work in.
+    `rows` (3, S + 1), `first` and `share` (S,) are space to work in.
     """
     size = image.shape[1]
     left, top, width, height = box[0], box[1], box[2], box[3]
@@ -73,19 +73,27 @@ def crop(
         first[to] = uint32(at)
         share[to] = at - float32(uint32(at))
     begin, end = int(left), int(left + width)
-    row[end] = ZERO  # read with a share of zero
+    for channel in range(3):
+        rows[channel, end] = ZERO  # read with a share of zero
     for y in range(size):
         at = min(max((float32(y) + HALF) * down - HALF, ZERO), height - ONE) + top
         above = int(at)
         below = min(above + 1, size - 1)
         weight = at - float32(above)
         for channel in range(3):
+            upper, lower, row = image[channel, above], image[channel, below], rows[channel]
             for x in range(begin, end):
-                upper, lower = float32(image[channel, above, x]), float32(image[channel, below, x])
-                row[x] = (upper + (lower - upper) * weight) * TO_UNIT
-            for x in range(size):
-                here = row[first[x]]
-                pixels[channel, y, x] = here + (row[first[x] + ONE_STEP] - here) * share[x]
+                high, low = float32(upper[x]), float32(lower[x])
+                row[x] = (high + (low - high) * weight) * TO_UNIT
+        red, green, blue = rows[0], rows[1], rows[2]
+        to_red, to_green, to_blue = pixels[0, y], pixels[1, y], pixels[2, y]
+        for x in range(size):
+            # Unsigned, or each index would be looked at for its sign.
+            here, part = first[x], share[x]
+            beside = here + ONE_STEP
+            to_red[x] = red[here] + (red[beside] - red[here]) * part
+            to_green[x] = green[here] + (green[beside] - green[here]) * part
+            to_blue[x] = blue[here] + (blue[beside] - blue[here]) * part
 
 
 @compiled()
@@ -202,11 +210,11 @@ def make_rows(
     """Make the views of draws from `rows[0]` to `rows[1]`; see `make_views`."""
     size = images.shape[2]
     pixels = np.empty((3, size, size), np.float32)
-    spare, row = np.empty((size, size), np.float32), np.empty(size + 1, np.float32)
+    spare, wide = np.empty((size, size), np.float32), np.empty((3, size + 1), np.float32)
     first, share = np.empty(size, np.uint32), np.empty(size, np.float32)
     flat = pixels.reshape(3, size * size)
     for i in range(rows[0], rows[1]):
-        crop(images[view[i] % images.shape[0]], box[i], flip[i], pixels, row, first, share)
+        crop(images[view[i] % images.shape[0]], box[i], flip[i], pixels, wide, first, share)
         for position in range(4):
             if i % 4 == position and hue[i] != ZERO:
                 shift_hue(flat, hue[i])

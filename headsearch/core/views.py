@@ -229,6 +229,13 @@ class Views:
         return functional.grid_sample(pixels, grid, padding_mode="border", align_corners=True)
 
 
+def prepare(device: torch.device) -> None:
+    """Load the machine code that views on `device` need; some seconds where this machine has none yet."""
+    if device.type in FUSED_ON:
+        statistics = torch.zeros(3), torch.ones(3)
+        Views(ViewsConfig(), 8, statistics).pair(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), Generator())
+
+
 def _both(first: float, second: float | None) -> tuple[float, float]:
     """Probabilities of the first and of the second view."""
     return first, first if second is None else second

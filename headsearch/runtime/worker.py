@@ -28,6 +28,7 @@ from headsearch.core.images import ImageSet, load_images
 from headsearch.core.memory import free_memory, memory_checked
 from headsearch.core.pretrain import EpochReport, Pretrained, describe_head, pretrain
 from headsearch.core.probe import evaluate
+from headsearch.core.views import prepare as prepare_views
 from headsearch.errors import (
     DatabaseError,
     DataError,
@@ -107,6 +108,7 @@ def run_worker(
     """
     set_threads(threads)
     chosen = pick_device(device)
+    prepare_views(chosen)  # no limit of time counts it
     say = unbreakable(say)
     hearing = nullcontext(drain) if drain else drain_on_signal(say, parent=parent)
     with hearing as drain, open_session() as session:

@@ -23,7 +23,7 @@ HEAVY = (
 )
 LOADED = "import sys; from headsearch.cli.app import run; code = run(sys.argv[1:]); print(*sys.modules); sys.exit(code)"
 COMMANDS = [
-    [], ["run"], ["worker"], ["launch"], ["train"], ["heads"], ["dashboard"], ["doctor"],
+    [], ["run"], ["worker"], ["launch"], ["train"], ["bench"], ["heads"], ["dashboard"], ["doctor"],
     ["study"], *(["study", name] for name in ("create", "list", "show", "front", "delete", "schema")),
     ["db"], *(["db", name] for name in ("start", "stop", "status", "url")),
 ]  # fmt: skip
@@ -98,6 +98,20 @@ def test_the_options_are_these() -> None:
 
     walk(typer.main.get_command(app), "")
     assert found == {
+        "bench": [
+            "--batch",
+            "--compile",
+            "--device",
+            "--encoder",
+            "--image-size",
+            "--images",
+            "--json",
+            "--probe",
+            "--repeats",
+            "--seconds",
+            "--set",
+            "--threads",
+        ],
         "run": ["--device", "--json", "--no-check", "--set", "--threads", "--workers"],
         "launch": [
             "--account",
