@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from headsearch.cli.app import run
-from headsearch.report.benchmark import bench_table, reading
+from headsearch.core.benchmark import Measure
+from headsearch.report.benchmark import bench_table, compile_lines, reading
 from headsearch.runtime.bench import bench
 
 QUICK = ["bench", "--images", "96", "--image-size", "8", "--repeats", "1", "--seconds", "0"]
@@ -79,6 +81,14 @@ def test_the_reading_names_what_helps(home):
     # Two steps an epoch: the report on 32 images is far above its share.
     assert "fewer probe.report_images make it cheaper" in reading(one)
     assert len(bench_table([one]).rows) == 1
+    for factor, advice in (
+        (1.2, "1.20 x as fast: worth setting here"),
+        (1.0, "1.00 x as fast: does not pay here"),
+    ):
+        compiled = replace(one, compiled="default", training=Measure(factor * one.training.median, 0.0, 0.0))
+        [line] = compile_lines([one, compiled])
+        assert line.endswith(f"training.compile_encoder=default makes training {advice}")
+    assert compile_lines([one]) == []
 
 
 @pytest.mark.parametrize(
