@@ -62,11 +62,23 @@ def rate_at(config: TrialConfig, step: int) -> float:
     return learning_rate(config.optimizer, step=step, steps_per_epoch=STEPS, epochs=3, batch_size=32)
 
 
-def assert_same(learner: Learner, encoder: torch.nn.Module, head: torch.nn.Module) -> None:
-    for module, plain in ((learner.encoder, encoder), (learner.head, head)):
-        for (name, ours), theirs in zip(module.named_parameters(), plain.parameters(), strict=True):
-            # weights move by hundredths; a ReLU that rounding switches on one side only costs 1e-4
-            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=3e-4, msg=name)
+def assert_same(learner: Learner, encoder: torch.nn.Module, head: torch.nn.Module, home: Path) -> None:
+    """Both came to the same weights, measured by how far they moved.
+
+    Most differ by rounding alone. A ReLU that it switches on one side only turned them by up to 7 % of their
+    way; another order or number of steps, by 55 % and more.
+    """
+    start = build_learner(learner.config, IMAGES, CPU, home)
+    for ours, theirs, before in (
+        (learner.encoder, encoder, start.encoder),
+        (learner.head, head, start.head),
+    ):
+        way = flat(theirs) - flat(before)
+        assert (flat(ours) - flat(theirs)).norm() < 0.15 * way.norm()
+
+
+def flat(module: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
 
 
 @pytest.mark.parametrize("uses", ["updated", "previous"])
@@ -85,7 +97,7 @@ def test_alternating_on_the_same_batch(uses: str, head_steps: int, tmp_path: Pat
             inner.step(nt_xent(head(features.detach()), 0.5), rate)
         if uses == "updated":
             outer.step(nt_xent(head(features), 0.5), rate)
-    assert_same(trained(config, tmp_path), encoder, head)
+    assert_same(trained(config, tmp_path), encoder, head, tmp_path)
 
 
 def test_alternating_on_fresh_batches(tmp_path: Path) -> None:
@@ -96,7 +108,7 @@ def test_alternating_on_fresh_batches(tmp_path: Path) -> None:
     for step, pair in enumerate(pairs(config)):
         loss = nt_xent(head(encoder(pair)), 0.5)
         (outer if step % 2 else inner).step(loss, rate_at(config, step))
-    assert_same(trained(config, tmp_path), encoder, head)
+    assert_same(trained(config, tmp_path), encoder, head, tmp_path)
 
 
 @pytest.mark.parametrize("repeats", [1, 2])
@@ -108,7 +120,7 @@ def test_joint_steps_on_each_batch(repeats: int, tmp_path: Path) -> None:
     for step, pair in enumerate(pairs(config)):
         for _ in range(repeats):
             both.step(nt_xent(head(encoder(pair)), 0.5), rate_at(config, step))
-    assert_same(trained(config, tmp_path), encoder, head)
+    assert_same(trained(config, tmp_path), encoder, head, tmp_path)
 
 
 def test_views_that_are_encoded_apart_have_batch_statistics_of_their_own(tmp_path: Path) -> None:
@@ -122,7 +134,7 @@ def test_views_that_are_encoded_apart_have_batch_statistics_of_their_own(tmp_pat
         projections = [head(encoder(view)) for view in pair.chunk(2)]
         both.step(nt_xent(torch.cat(projections), 0.5), rate_at(config, step))
     learner = trained(config, tmp_path)
-    assert_same(learner, encoder, head)
+    assert_same(learner, encoder, head, tmp_path)
     norms = [module for module in learner.encoder.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     assert norms[0].num_batches_tracked == 2 * STEPS
 
