@@ -79,13 +79,14 @@ def test_sigterm_ends_a_worker_whose_claim_waits_for_a_lock(world, begin):
     assert read(world).counts == {"complete": 1}
 
 
-@pytest.mark.parametrize("limit", [{"epoch_limit_minutes": 0.1}, {"step_limit_seconds": 4.0}], ids=str)
+# Far above what an epoch or a step takes beside another test, or the worker ends before it is put to sleep.
+@pytest.mark.parametrize("limit", [{"epoch_limit_minutes": 0.3}, {"step_limit_seconds": 8.0}], ids=str)
 def test_time_asleep_counts_for_no_limit(world, begin, limit):
     make(world, **long_epochs(budget={"epochs": 3}, worker=limit, lease={"seconds": 60}))
     worker = begin()
     wait_for(lambda: any(t.epoch >= 1 for t in read(world).trials))
     worker.send_signal(signal.SIGSTOP)
-    time.sleep(8)
+    time.sleep(20)
     worker.send_signal(signal.SIGCONT)
     said, _ = worker.communicate(timeout=100)
     assert worker.returncode == 0, said

@@ -294,7 +294,8 @@ def test_the_next_run_clears_what_a_killed_one_left(server, subprocess_env):
 
 def test_a_worker_cut_off_is_fenced_and_goes_on(world, undisturbed):
     """Its trial is adopted; back on the network it changes nothing there, and trains the next trial."""
-    world.make("cut", TWO_TRIALS, lease={"seconds": 5})
+    # Longer than the first needs to hear of its cable: the second, which is stopped then, is not to be late.
+    world.make("cut", TWO_TRIALS, lease={"seconds": 15})
     first = world.worker("a", "cut")
     wait_for(lambda: world.reported("cut") >= 2, first)
     world.network.unplug("a")
