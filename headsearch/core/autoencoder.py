@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from headsearch.config import AutoencoderConfig, AutoencoderHead, TrialConfig
 from headsearch.core.checkpoint import sync_folder
+from headsearch.core.feed import batches
 from headsearch.core.images import ImageSet
 from headsearch.core.randomness import generator, initialisation
 from headsearch.errors import StorageError, TrialFailure
@@ -105,9 +106,9 @@ def train_autoencoder(
     config: AutoencoderConfig, images: ImageSet, hidden_dim: int, embedding_dim: int, device: torch.device
 ) -> tuple[Autoencoder, float, int]:
     """Train; return the model at its best validation epoch, that mean squared error, and that epoch."""
-    train, validation = images.train.images.to(device), images.validation.images.to(device)
+    train, validation = images.train, images.validation.images
     with initialisation(config.seed, "autoencoder"):
-        model = Autoencoder(train[0].numel(), hidden_dim, embedding_dim)
+        model = Autoencoder(train.images[0].numel(), hidden_dim, embedding_dim)
     model.to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=True)
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
@@ -118,8 +119,8 @@ def train_autoencoder(
         order = torch.randperm(
             len(train), generator=generator(torch.device("cpu"), config.seed, "autoencoder", epoch)
         )
-        for rows in order.to(device).split(config.batch_size):
-            pixels = _pixels(train[rows])
+        for batch, _ in batches(train, order, config.batch_size, device):
+            pixels = _pixels(batch)
             loss = F.mse_loss(model(pixels), pixels)
             optimizer.zero_grad()
             loss.backward()
@@ -140,9 +141,10 @@ def train_autoencoder(
 
 @torch.no_grad()
 def _reconstruction_error(model: Autoencoder, images: Tensor) -> float:
-    total = torch.zeros((), dtype=torch.float64, device=images.device)
+    device = model.hidden.weight.device
+    total = torch.zeros((), dtype=torch.float64, device=device)
     for batch in images.split(EVALUATION_BATCH):
-        pixels = _pixels(batch)
+        pixels = _pixels(batch.to(device))
         total += F.mse_loss(model(pixels), pixels, reduction="sum")
     return float(total / images.numel())
 

@@ -106,7 +106,7 @@ def measure(
     with memory_checked(), PeakMemory(device) as peak, TemporaryDirectory(dir=_folder(home)) as folder:
         learner = build_learner(config, images, device, home)
         views = build_views(config, images, device)
-        train = images.train.to(device)
+        train = images.train
         stages = Stages(learner, train, views, precision)
         parts: dict[str, Callable[[int], None]] = {
             "training": stages.epoch,
@@ -116,12 +116,11 @@ def measure(
             "optimizer": stages.optimizer,
         }
         steps = {name: _steps(part, device, seconds) for name, part in parts.items()}
-        steps["training"] = min(steps["training"], max(1, len(train) // stages.batch_size))
         per_step: dict[str, list[float]] = {name: [] for name in parts}
         for _ in range(repeats):
             for name, part in parts.items():
                 per_step[name].append(seconds_of(partial(part, steps[name]), device) / steps[name])
-        reporter = Reporter(learner, train, images.validation.to(device), views, precision)
+        reporter = Reporter(learner, train, images.validation, views, precision)
         reporting = [
             seconds_of(lambda: reporter.measure(1, len(images.classes)), device)
             for _ in range(min(repeats, 3))

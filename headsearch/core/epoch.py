@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from headsearch.config import AlternatingScheme, JointScheme, OptimizerConfig
 from headsearch.core.features import Precision, arithmetic
+from headsearch.core.feed import batches
 from headsearch.core.images import Split
 from headsearch.core.learner import Learner
 from headsearch.core.objectives import objective
@@ -65,11 +66,9 @@ def train_epoch(
     up an epoch where its position was told; `between` is called after each step but the last, with a
     function that tells the position. Raises TrialFailure when the loss is not finite.
     """
-    config, images = learner.config, train.images
-    device = images.device
-    batch_size, steps = config.training.batch_size, len(images) // config.training.batch_size
-    order = torch.randperm(len(images), generator=generator(CPU, config.seed, "shuffle", epoch))
-    order = order.to(device)
+    config, device = learner.config, learner.device
+    batch_size, steps = config.training.batch_size, len(train) // config.training.batch_size
+    order = torch.randperm(len(train), generator=generator(CPU, config.seed, "shuffle", epoch))
     draws = generator(device, config.seed, "views", epoch)
     learner.encoder.train()
     learner.head.train()
@@ -91,11 +90,11 @@ def train_epoch(
             states = stream_states(device)
             return Position(made, total.detach().clone(), draws.get_state(), states, device.type, seconds)
 
-        for step in range(first, steps):
-            rows = order[step * batch_size : (step + 1) * batch_size]
+        left = order[first * batch_size : steps * batch_size]
+        for step, (images, labels) in enumerate(batches(train, left, batch_size, device), first):
             with torch.no_grad():
-                pair = views.pair(images[rows], draws)
-            batch = Batch(learner, precision, pair, train.labels[rows], (epoch - 1) * steps + step, steps)
+                pair = views.pair(images, draws)
+            batch = Batch(learner, precision, pair, labels, (epoch - 1) * steps + step, steps)
             total += STEPS[config.scheme.kind](batch)
             if step == first and not warm and timed > 1:
                 wait_for(device)

@@ -53,11 +53,15 @@ def build_views(
 
 @torch.no_grad()
 def extract_features(encoder: nn.Module, images: Tensor, views: Views, precision: Precision) -> Tensor:
-    """Compute features, fp32 (N, D), of plain images, uint8 (N, 3, H, W), in evaluation mode."""
+    """Compute features, fp32 (N, D), of plain images, uint8 (N, 3, H, W), in evaluation mode.
+
+    On the device of `views`; images from elsewhere are moved there as they are needed.
+    """
     encoder.eval()
     size = max(1, FEATURE_PIXELS // (images.shape[-2] * images.shape[-1]))
     batches = []
-    for batch in images.split(size):
+    for part in images.split(size):
+        batch = part.to(views.device)
         with arithmetic(batch.device, precision):
             batches.append(encoder(views.plain(batch)).float())
     return torch.cat(batches)

@@ -41,6 +41,11 @@ class Learner:
     head_optimizer: Optimizer | None
     """Of the head in the alternating scheme."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return next(self.encoder.parameters()).device
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds."""
         parts = {"encoder": self.encoder, "head": self.head, "online": self.online}

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from headsearch.config import BarlowTwinsObjective, ObjectiveConfig
 from headsearch.core.bottleneck import mutual_information
-from headsearch.core.directions import unit_rows
+from headsearch.core.ntxent import NTXent
 
 NORM_EPS: Final = 1e-5
 """Of the batch normalisation inside Barlow Twins, torch's default."""
@@ -25,11 +25,8 @@ def nt_xent(projections: Tensor, temperature: float, scale: float = 1.0) -> Tens
     `scale` 2.)
     """
     with torch.autocast(projections.device.type, enabled=False):
-        directions = unit_rows(projections.float())
-        similarities = directions @ directions.T / temperature
-        similarities = similarities.fill_diagonal_(-torch.inf)
-        anchors = torch.arange(len(projections), device=projections.device)
-        return scale * F.cross_entropy(similarities, anchors.roll(len(projections) // 2))
+        loss: Tensor = NTXent.apply(projections.float(), temperature)
+        return scale * loss
 
 
 def barlow_twins(projections: Tensor, redundancy_weight: float, scale: float) -> Tensor:

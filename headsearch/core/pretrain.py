@@ -96,8 +96,8 @@ def pretrain(
     with memory_checked():
         learner = build_learner(config, images, device, home)
         views = build_views(config, images, device)
-        train = images.train.to(device)
-        reporter = Reporter(learner, train, images.validation.to(device), views, precision)
+        train = images.train
+        reporter = Reporter(learner, train, images.validation, views, precision)
 
     identity = identify(config, images)
     state = checkpoints.load() if checkpoints else None

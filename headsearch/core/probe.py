@@ -48,7 +48,7 @@ def evaluate_holdout(
     encoder = pretrained.encoder.to(device)
 
     def featurise(split: Split) -> Labelled:
-        features = extract_features(encoder, split.images.to(device), views, pretrained.precision)
+        features = extract_features(encoder, split.images, views, pretrained.precision)
         return features, split.labels.to(device)
 
     splits = [featurise(split) for split in (images.train, images.validation, images.test)]

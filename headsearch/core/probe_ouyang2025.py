@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from headsearch.config import OptimizerConfig, TrialConfig, ViewsConfig
 from headsearch.core.evaluation import Evaluation
 from headsearch.core.features import arithmetic, build_views, extract_features
+from headsearch.core.feed import batches
 from headsearch.core.images import ImageSet, Split
 from headsearch.core.optimizers import build_optimizer, learning_rate, set_rate
 from headsearch.core.randomness import generator, initialisation
@@ -43,7 +44,7 @@ def evaluate_ouyang2025(
     assert online is not None  # noqa: S101
 
     def featurise(split: Split) -> tuple[Tensor, Tensor]:
-        features = extract_features(encoder, split.images.to(device), views, pretrained.precision)
+        features = extract_features(encoder, split.images, views, pretrained.precision)
         return features, split.labels.to(device)
 
     validation, test = featurise(images.validation), featurise(images.test)
@@ -70,7 +71,7 @@ def train_offline(
     LARS without decay, half a cosine to zero (the schedule is our choice), `probe.offline_epochs` epochs; the
     last, smaller batch of an epoch is dropped unless it is the only one.
     """
-    split = images.train.to(device)
+    split = images.train
     with initialisation(config.seed, "offline probe"):
         probe = nn.Linear(pretrained.feature_dim, len(images.classes)).to(device)
     recipe = OptimizerConfig(
@@ -92,13 +93,12 @@ def train_offline(
     for epoch in range(epochs):
         order = torch.randperm(
             len(split), generator=generator(torch.device("cpu"), config.seed, "offline order", epoch)
-        ).to(device)
+        )
         draws = generator(device, config.seed, "offline views", epoch)
-        for step in range(steps):
-            rows = order[step * size : (step + 1) * size]
+        for step, (pixels, labels) in enumerate(batches(split, order[: steps * size], size, device)):
             with torch.no_grad(), arithmetic(device, pretrained.precision):
-                features = encoder(crops(split.images[rows], draws)).float()
-            loss = F.cross_entropy(probe(features), split.labels[rows])
+                features = encoder(crops(pixels, draws)).float()
+            loss = F.cross_entropy(probe(features), labels)
             at = epoch * steps + step
             rate = learning_rate(recipe, step=at, steps_per_epoch=steps, epochs=epochs, batch_size=size)
             set_rate(optimizer, rate)

@@ -51,7 +51,7 @@ def evaluate_schliebitz2024(
     train, validation, test = split_rows(len(images.test))
     views = build_views(config, images, device, split="test")
     encoder = pretrained.encoder.to(device)
-    features = extract_features(encoder, images.test.images.to(device), views, pretrained.precision)
+    features = extract_features(encoder, images.test.images, views, pretrained.precision)
     labels = images.test.labels.to(device)
 
     def part(rows: Tensor) -> Labelled:

@@ -70,8 +70,10 @@ class Reporter:
     ) -> None:
         self.learner, self.config = learner, learner.config
         self.views, self.precision = views, precision
-        self.train, self.whole = subset(train, self.config.probe.report_images), whole
-        self.validation = subset(whole, self.config.probe.report_images)
+        self.whole = whole
+        self.train, self.validation = (
+            subset(split, self.config.probe.report_images).to(learner.device) for split in (train, whole)
+        )
 
     @torch.no_grad()
     def measure(self, epoch: int, classes: int, rank_before: float = math.inf) -> Measured:

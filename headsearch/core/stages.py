@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from headsearch.core.checkpoint import CheckpointFolder
 from headsearch.core.epoch import CPU, Batch, train_epoch
 from headsearch.core.features import Precision
+from headsearch.core.feed import batches
 from headsearch.core.images import Split
 from headsearch.core.learner import Learner
 from headsearch.core.optimizers import set_rate
@@ -49,12 +50,11 @@ class Stages:
         self.learner, self.views, self.precision, self.train = learner, views, precision, train
         config = learner.config
         self.batch_size = config.training.batch_size
-        self.rows = torch.arange(self.batch_size, device=train.images.device)
-        self.draws = generator(train.images.device, config.seed, "views", 0)
+        self.draws = generator(learner.device, config.seed, "views", 0)
         self.passes = config.scheme.steps_per_batch if config.scheme.kind == "joint" else 1
         with torch.no_grad():
-            pair = views.pair(train.images[self.rows], self.draws)
-        labels = train.labels[self.rows]
+            images, labels = next(self._batches(1))
+            pair = views.pair(images, self.draws)
         self.batch = Batch(learner, precision, pair, labels, 0, len(train) // self.batch_size)
         self.epochs = 0
         self.epoch(WARM_STEPS)
@@ -63,13 +63,15 @@ class Stages:
         self.encoder(WARM_STEPS)
 
     def epoch(self, steps: int) -> None:
-        """Train as a trial does, on the first images that make so many steps."""
-        count = min(steps * self.batch_size, len(self.train))
-        split = Split(self.train.images[:count], self.train.labels[:count])
-        for _ in range(max(1, steps * self.batch_size // count)):
+        """Train as a trial does: whole epochs, and of the last the steps that are left."""
+        whole = len(self.train) // self.batch_size
+        while steps > 0:
+            count = min(steps, whole) * self.batch_size
+            split = Split(self.train.images[:count], self.train.labels[:count])
             # Another number each time: an epoch of the same number has the same views.
             self.epochs += 1
             train_epoch(self.learner, self.epochs, split, self.views, self.precision, warm=True)
+            steps -= whole
 
     def encoder(self, steps: int) -> None:
         """Forward and backward of the encoder alone."""
@@ -80,9 +82,9 @@ class Stages:
 
     @torch.no_grad()
     def make_views(self, steps: int) -> None:
-        """Draw the rows of a batch and make two views of each."""
-        for _ in range(steps):
-            self.views.pair(self.train.images[self.rows], self.draws)
+        """Bring batches to the device and make two views of each image."""
+        for images, _ in self._batches(steps):
+            self.views.pair(images, self.draws)
 
     def head(self, steps: int) -> None:
         """Forward and backward of head and objective, and of the online probe, from fixed features."""
@@ -104,6 +106,10 @@ class Stages:
                 for _ in range(steps * self.passes):
                     set_rate(optimizer, 0.0)
                     optimizer.step()
+
+    def _batches(self, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.arange(self.batch_size).repeat(steps)
+        return batches(self.train, order, self.batch_size, self.learner.device)
 
     def save(self, folder: CheckpointFolder) -> None:
         """Write a checkpoint of the learner."""

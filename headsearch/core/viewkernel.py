@@ -11,19 +11,24 @@ infinite, and products and sums may be contracted; no view depends on the others
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import torch
 from numpy import float32, uint32
 from numpy.typing import NDArray
+from torch import Tensor
 
 from headsearch.core.color import LUMA
+from headsearch.core.draws import ATTEMPTS, RATIO, SIGMA, Distribution, Draws
 from headsearch.home import home_folder
 
 CACHE: Final = "NUMBA_CACHE_DIR"
@@ -38,6 +43,8 @@ TO_UNIT = float32(1 / 255)
 ONE_STEP = uint32(1)
 TINY = float32(1e-12)
 SOLARIZE_FROM = float32(128 / 255)
+LOG_RATIO, LOG_SPAN = float32(math.log(RATIO[0])), float32(math.log(RATIO[1]) - math.log(RATIO[0]))
+SIGMA_LOW, SIGMA_SPAN = float32(SIGMA[0]), float32(SIGMA[1] - SIGMA[0])
 
 Array = NDArray[Any]
 
@@ -228,6 +235,74 @@ def make_rows(
         if weights.shape[1] and weights[i, 0] != ONE:
             blur(pixels, weights[i], spare)
         finish(flat, grayscale[i], solarize[i], scale, shift, out[view[i]], last)
+
+
+@compiled()
+def draw_rows(
+    uniform: Array,
+    numbers: Array,
+    view: Array,
+    firsts: int,
+    box: Array,
+    flip: Array,
+    factors: Array,
+    order: Array,
+    hue: Array,
+    grayscale: Array,
+    blurs: Array,
+    sigma: Array,
+    solarize: Array,
+) -> None:
+    """Fill the arrays of draws from uniform numbers (V, `NUMBERS`); see `draws.Distribution.draws`."""
+    size, least, jittered_of, hue_of = numbers[0], numbers[1], numbers[2], numbers[3]
+    crops = uniform.shape[1] - 4 * ATTEMPTS
+    for i in range(uniform.shape[0]):
+        row = uniform[i]
+        jittered, second = row[1] < jittered_of, int(view[i] >= firsts)
+        for operation in range(3):
+            low, high = numbers[10 + operation], numbers[13 + operation]
+            factors[i, operation] = low + row[2 + operation] * (high - low) if jittered else ONE
+            place = 0
+            for other in range(3):
+                tie = other < operation and row[6 + other] == row[6 + operation]
+                place += row[6 + other] < row[6 + operation] or tie
+            order[i, place] = operation
+        hue[i] = (TWO * row[5] - ONE) * hue_of if jittered else ZERO
+        flip[i], grayscale[i] = row[9] < numbers[4], row[10] < numbers[5]
+        blurs[i], sigma[i] = row[11] < numbers[6 + second], SIGMA_LOW + row[12] * SIGMA_SPAN
+        solarize[i] = row[13] < numbers[8 + second]
+        box[i, 0], box[i, 1], box[i, 2], box[i, 3] = ZERO, ZERO, size, size
+        for attempt in range(ATTEMPTS):
+            area = size * size * (least + row[crops + attempt] * (ONE - least))
+            half = np.exp((LOG_RATIO + row[crops + ATTEMPTS + attempt] * LOG_SPAN) * HALF)
+            width, height = np.rint(np.sqrt(area) * half), np.rint(np.sqrt(area) / half)
+            if ZERO < width <= size and ZERO < height <= size:
+                left = np.floor(row[crops + 2 * ATTEMPTS + attempt] * (size - width + ONE))
+                top = np.floor(row[crops + 3 * ATTEMPTS + attempt] * (size - height + ONE))
+                box[i, 0], box[i, 1] = min(left, size - width), min(top, size - height)
+                box[i, 2], box[i, 3] = width, height
+                break
+
+
+def draw_views(uniform: Tensor, distribution: Distribution, firsts: int) -> Draws:
+    """Do what ``distribution.draws(uniform, firsts)`` does, in one pass."""
+    count = len(uniform)
+    view = uniform[:, 0].argsort()
+    draws = Draws(
+        view=view,
+        box=torch.empty(count, 4),
+        flip=torch.empty(count, dtype=torch.bool),
+        factors=torch.empty(count, 3),
+        order=torch.empty(count, 3, dtype=torch.int64),
+        hue=torch.empty(count),
+        grayscale=torch.empty(count, dtype=torch.bool),
+        blur=torch.empty(count, dtype=torch.bool),
+        sigma=torch.empty(count),
+        solarize=torch.empty(count, dtype=torch.bool),
+    )
+    _, *rest = (getattr(draws, field.name).numpy() for field in fields(draws))
+    draw_rows(uniform.numpy(), np.array(distribution.numbers(), np.float32), view.numpy(), firsts, *rest)
+    return draws
 
 
 def make_views(images: Array, draws: tuple[Array, ...], out: Array, *, last: bool, threads: int) -> None:

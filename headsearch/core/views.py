@@ -12,7 +12,6 @@ Shapes: B images, V views, S image side.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
 
 import torch
 from torch import Generator, Tensor
@@ -20,50 +19,15 @@ from torch.nn import functional
 
 from headsearch.config import ViewsConfig
 from headsearch.core.color import blend_, luma, shift_hue_
+from headsearch.core.draws import NUMBERS, Distribution, Draws
 
-ATTEMPTS = 10
-"""Draws of a crop before the whole image is taken, as in torchvision's RandomResizedCrop."""
-RATIO = (3 / 4, 4 / 3)
-"""Aspect ratios of crops, width over height."""
 SOLARIZE_FROM = 128 / 255
 """Pixels from this value on are inverted by solarisation, PIL's default."""
-SIGMA = (0.1, 2.0)
-"""Standard deviations of the blur, in pixels."""
-
 FUSED_ON = ("cpu",)
 """Kinds of device for which each view is made at one go, by `viewkernel`."""
 
 _CHUNK_VALUES = {"cpu": 1 << 19, "cuda": 1 << 28}
 """Float values worked on at a time: what a core's cache holds, or a share of a GPU's memory."""
-
-
-@dataclass(frozen=True)
-class Draws:
-    """Parameters of V views, one row each; V is a multiple of 4.
-
-    Row i makes the view number ``view[i]`` and shifts its hue as operation i mod 4 of its colour jitter;
-    ``order`` holds the other three (0 brightness, 1 contrast, 2 saturation) in order. With `view` a random
-    permutation and `order` uniform, a view's order of operations is uniform over all 24, while each
-    operation runs once over the batch.
-    """
-
-    view: Tensor  # int64 (V,), a permutation
-    box: Tensor  # float32 (V, 4): left, top, width, height in pixels
-    flip: Tensor  # bool (V,)
-    factors: Tensor  # float32 (V, 3): brightness, contrast, saturation; 1 leaves the image as it is
-    order: Tensor  # int64 (V, 3)
-    hue: Tensor  # float32 (V,), turns of the colour wheel
-    grayscale: Tensor  # bool (V,)
-    blur: Tensor  # bool (V,)
-    sigma: Tensor  # float32 (V,), pixels
-    solarize: Tensor  # bool (V,)
-
-    def __len__(self) -> int:
-        return len(self.view)
-
-    def rows(self, start: int, stop: int) -> Draws:
-        """Rows from `start` to `stop`."""
-        return Draws(**{field.name: getattr(self, field.name)[start:stop] for field in fields(self)})
 
 
 class Views:
@@ -86,17 +50,15 @@ class Views:
         self.config = config
         self.image_size = image_size
         self.dtype = dtype
-        self._fused = normalization[0].device.type in FUSED_ON
+        self.device = normalization[0].device
+        self._fused = self.device.type in FUSED_ON
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         mean, std = (part.float().view(1, 3, 1, 1) for part in normalization)
         self._scale, self._shift = 1 / std, -mean / std
         self._normalizes = bool((mean != 0).any() or (std != 1).any())
         self._jitters = config.jitter_strength > 0 and config.jitter_probability > 0
-        half = [config.jitter_strength * x for x in (config.brightness, config.contrast, config.saturation)]
-        self._low = torch.tensor([max(0.0, 1 - x) for x in half], device=mean.device)
-        self._high = torch.tensor([1 + x for x in half], device=mean.device)
-        self._blur = _both(config.blur_probability, config.second_blur_probability)
-        self._solarize = _both(config.solarize_probability, config.second_solarize_probability)
+        self.distribution = Distribution(config, image_size, mean.device)
+        self._blurs, self._solarizes = max(self.distribution.blur) > 0, max(self.distribution.solarize) > 0
 
     def __call__(self, images: Tensor, generator: Generator) -> Tensor:
         """One view of each of the uint8 images (B, 3, S, S): float (B, 3, S, S)."""
@@ -118,34 +80,13 @@ class Views:
 
     def draw(self, count: int, generator: Generator, firsts: int | None = None) -> Draws:
         """Parameters of `count` random views, a multiple of 4; second views from number `firsts` on."""
-        config, device = self.config, generator.device
+        uniform = torch.rand(count, NUMBERS, generator=generator, device=generator.device)
+        firsts = count if firsts is None else firsts
+        if self._fused:
+            from headsearch.core.viewkernel import draw_views  # loads numba
 
-        def uniform(*shape: int) -> Tensor:
-            return torch.rand(*shape, generator=generator, device=device)
-
-        jittered = uniform(count) < config.jitter_probability
-        factors = self._low + uniform(count, 3) * (self._high - self._low)
-        hue = (2 * uniform(count) - 1) * (config.hue * config.jitter_strength)
-        view = uniform(count).argsort()
-        second = view >= (count if firsts is None else firsts)
-
-        def chosen(probabilities: tuple[float, float]) -> Tensor:
-            if max(probabilities) == 0:
-                return torch.zeros(count, dtype=torch.bool, device=device)
-            return uniform(count) < torch.where(second, probabilities[1], probabilities[0])
-
-        return Draws(
-            view=view,
-            box=self._draw_boxes(uniform(4, count, ATTEMPTS)),
-            flip=uniform(count) < config.flip_probability,
-            factors=torch.where(jittered[:, None], factors, 1.0),
-            order=uniform(count, 3).argsort(1),
-            hue=torch.where(jittered, hue, 0.0),
-            grayscale=uniform(count) < config.grayscale_probability,
-            blur=chosen(self._blur),
-            sigma=SIGMA[0] + uniform(count) * (SIGMA[1] - SIGMA[0]),
-            solarize=chosen(self._solarize),
-        )
+            return draw_views(uniform, self.distribution, firsts)
+        return self.distribution.draws(uniform, firsts)
 
     def apply(self, images: Tensor, draws: Draws) -> Tensor:
         """Views (V, 3, S, S) that `draws` describes, view v of image v mod B."""
@@ -164,11 +105,11 @@ class Views:
             pixels = self._crop(images.index_select(0, rows.view % len(images)), rows)
             if self._jitters:
                 _jitter_(pixels, rows)
-            if max(self._blur) > 0:
+            if self._blurs:
                 pixels = _blur(pixels, rows)
             if self.config.grayscale_probability > 0:
                 pixels.lerp_(luma(pixels)[:, None], rows.grayscale.float()[:, None, None, None])
-            if max(self._solarize) > 0:
+            if self._solarizes:
                 inverted = rows.solarize[:, None, None, None] & (pixels >= SOLARIZE_FROM)
                 pixels = torch.where(inverted, 1 - pixels, pixels)
             if self._normalizes:
@@ -180,7 +121,7 @@ class Views:
         from headsearch.core.viewkernel import make_views  # loads numba
 
         size, last = self.image_size, self.memory_format == torch.channels_last
-        weights = blur_weights(size, draws) if max(self._blur) > 0 else torch.empty(len(draws), 0)
+        weights = blur_weights(size, draws) if self._blurs else torch.empty(len(draws), 0)
         drawn = (draws.view, draws.box, draws.flip, draws.factors, draws.order, draws.hue, draws.grayscale)
         parts = (*drawn, weights, draws.solarize, self._scale.flatten(), self._shift.flatten())
         out = torch.empty(len(draws), size, size, 3) if last else torch.empty(len(draws), 3, size, size)
@@ -197,23 +138,6 @@ class Views:
         if not count:
             return self.plain(images)
         return self.apply(images, self.draw(math.ceil(count / 4) * 4, generator, firsts))[:count]
-
-    def _draw_boxes(self, uniform: Tensor) -> Tensor:
-        """Crop boxes (V, 4) from uniform numbers (4, V, attempts), by torchvision's rejection rule."""
-        size = self.image_size
-        area = size * size * (self.config.crop_scale_min + uniform[0] * (1 - self.config.crop_scale_min))
-        log_ratio = math.log(RATIO[0]) + uniform[1] * (math.log(RATIO[1]) - math.log(RATIO[0]))
-        half = (log_ratio / 2).exp_()
-        width, height = (area.sqrt() * half).round_(), (area.sqrt() / half).round_()
-        fits = (width > 0) & (width <= size) & (height > 0) & (height <= size)
-        first = fits.to(torch.uint8).argmax(1, keepdim=True)
-        left = (uniform[2] * (size - width + 1)).floor_().minimum(size - width)
-        top = (uniform[3] * (size - height + 1)).floor_().minimum(size - height)
-        boxes = torch.stack([left, top, width, height], -1)
-        chosen = boxes.gather(1, first[:, :, None].expand(-1, -1, 4)).squeeze(1)
-        # An image is square, so that its own ratio is within RATIO and the fallback is all of it.
-        whole = torch.cat([area.new_zeros(2), area.new_full((2,), float(size))])
-        return torch.where(fits.any(1, keepdim=True), chosen, whole)
 
     def _crop(self, images: Tensor, draws: Draws) -> Tensor:
         """Crop, flip and resize uint8 images (V, 3, S, S) to floats in [0, 1] of the same shape."""
@@ -234,11 +158,6 @@ def prepare(device: torch.device) -> None:
     if device.type in FUSED_ON:
         statistics = torch.zeros(3), torch.ones(3)
         Views(ViewsConfig(), 8, statistics).pair(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), Generator())
-
-
-def _both(first: float, second: float | None) -> tuple[float, float]:
-    """Probabilities of the first and of the second view."""
-    return first, first if second is None else second
 
 
 def kernel_size(image_size: int) -> int:

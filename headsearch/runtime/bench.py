@@ -9,8 +9,10 @@ from pathlib import Path
 from headsearch.config import TrialConfig
 from headsearch.core.benchmark import Benchmark, measure, noise
 from headsearch.core.device import pick_device
+from headsearch.core.feed import placed
 from headsearch.core.hardware import set_threads
 from headsearch.core.images import ImageSet, load_images
+from headsearch.core.memory import keep_memory
 from headsearch.runtime.preflight import check_data
 from headsearch.runtime.single import point_of
 from headsearch.study_file import configured
@@ -46,6 +48,7 @@ def bench(
     """
     set_threads(threads)
     chosen = pick_device(device)
+    keep_memory()
     # All of them before the first is measured: a wrong one is heard of at once.
     names: list[str | None] = [*encoders] or ([None] if study else [*ENCODERS])
     sizes: list[int | None] = [*batches] or [None]
@@ -59,7 +62,7 @@ def bench(
     for config in configs:
         if loaded is None:
             loaded = _images(config, home) if study else noise(images, image_size)
-            loaded = loaded.to(chosen)
+            loaded = placed(loaded, chosen)
         yield measure(config, loaded, device=chosen, home=home, repeats=repeats, seconds=seconds, probe=probe)
 
 

@@ -9,8 +9,10 @@ from typing import Any
 
 from headsearch.config import TrialConfig
 from headsearch.core.device import pick_device
+from headsearch.core.feed import placed
 from headsearch.core.hardware import set_threads
 from headsearch.core.images import load_images
+from headsearch.core.memory import keep_memory
 from headsearch.core.pretrain import EpochReport, Pretrained, pretrain
 from headsearch.core.probe import Evaluation, evaluate
 from headsearch.runtime.preflight import check_data
@@ -72,8 +74,9 @@ def train(
     """
     set_threads(threads)
     chosen = pick_device(device)
+    keep_memory()
     check_data(config.data, config.training.batch_size if config.training.epochs else 0, home)
-    images = load_images(config.data, home=home).to(chosen)
+    images = placed(load_images(config.data, home=home), chosen)
     reports = []
     training = pretrain(config, images, device=chosen, home=home)
     while True:

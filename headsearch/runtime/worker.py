@@ -23,9 +23,10 @@ from pydantic import ValidationError
 from headsearch.config import TrialConfig
 from headsearch.core.checkpoint import Checkpoints
 from headsearch.core.device import pick_device
+from headsearch.core.feed import placed
 from headsearch.core.hardware import device_label, set_threads
 from headsearch.core.images import ImageSet, load_images
-from headsearch.core.memory import free_memory, memory_checked
+from headsearch.core.memory import free_memory, keep_memory, memory_checked
 from headsearch.core.pretrain import EpochReport, Pretrained, describe_head, pretrain
 from headsearch.core.probe import evaluate
 from headsearch.core.views import prepare as prepare_views
@@ -109,6 +110,7 @@ def run_worker(
     set_threads(threads)
     chosen = pick_device(device)
     prepare_views(chosen)  # no limit of time counts it
+    keep_memory()
     say = unbreakable(say)
     hearing = nullcontext(drain) if drain else drain_on_signal(say, parent=parent)
     with hearing as drain, open_session() as session:
@@ -243,6 +245,7 @@ class _Worker:
             self.ends.end(work, Outcome("failed", reason="error", message=message))
         finally:
             self.watch.resting()
+            free_memory(self.device)
 
     def _training(self, work: Claim) -> Training:
         """The trial's generator: the one that waits in memory, or one that starts from the checkpoint."""
@@ -278,7 +281,7 @@ class _Worker:
     def _load(self, config: TrialConfig) -> ImageSet:
         key = config.data.model_copy(update={"normalization": "none"}).model_dump_json()
         if key not in self.images:
-            self.images[key] = load_images(config.data, home=self.session.home).to(self.device)
+            self.images[key] = placed(load_images(config.data, home=self.session.home), self.device)
         return self.images[key]
 
     def _run(self, training: Training) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -163,3 +165,27 @@ def test_a_call_is_timed(monkeypatch):
     ticks = iter([1.0, 3.5])
     monkeypatch.setattr(stages_module.time, "perf_counter", lambda: next(ticks))
     assert seconds_of(lambda: None, CPU) == 2.5
+
+
+def test_memory_that_is_kept_is_not_asked_for_again():
+    """In a process of its own: it stays so for good."""
+    code = (
+        "import resource, torch\n"
+        "from headsearch.core.memory import free_memory, keep_memory\n"
+        "def asked():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    for _ in range(5):\n"
+        "        torch.zeros(16 << 20)\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "first, kept = asked(), keep_memory()\n"
+        "asked()\n"
+        "second = asked()\n"
+        "free_memory(torch.device('cpu'))\n"
+        "print(first, kept, second, asked())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    first, kept, second, freed = done.stdout.split()
+    if kept == "False":
+        pytest.skip("another C library than glibc")
+    assert int(second) < int(first) / 100
+    assert int(freed) > 100 * int(second)

@@ -17,7 +17,8 @@ from scipy.stats import binomtest, chisquare, ks_2samp, kstest
 from torchvision.transforms.v2 import functional as tv
 
 from headsearch.config import ViewsConfig
-from headsearch.core.views import Draws, Views, kernel_size
+from headsearch.core.draws import Draws
+from headsearch.core.views import Views, kernel_size
 
 IDENTITY = (torch.zeros(3), torch.ones(3))
 ALL_ON = ViewsConfig(blur_probability=0.5, grayscale_probability=0.3, jitter_strength=1.0)

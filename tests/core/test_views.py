@@ -15,7 +15,9 @@ from torchvision.transforms import ColorJitter, GaussianBlur, RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 
 from headsearch.config import ViewsConfig
-from headsearch.core.views import Draws, Views, kernel_size
+from headsearch.core.draws import ATTEMPTS, NUMBERS, Distribution, Draws
+from headsearch.core.viewkernel import draw_views
+from headsearch.core.views import Views, kernel_size
 
 PLAIN = (torch.zeros(3), torch.ones(3))
 ZSCORE = (torch.tensor([0.49, 0.48, 0.44]), torch.tensor([0.25, 0.24, 0.26]))
@@ -23,6 +25,7 @@ STILL = ViewsConfig(
     crop_scale_min=1.0, flip_probability=0, jitter_probability=0, grayscale_probability=0, blur_probability=0
 )
 ALL = ViewsConfig(blur_probability=0.5)
+SECOND = ViewsConfig(second_blur_probability=0.1, solarize_probability=0.0, second_solarize_probability=0.2)
 TOLERANCE = 2e-5  # of pixels in [0, 1]; float32 sampling positions of a 96-pixel image are good to about 1e-5
 
 
@@ -260,11 +263,35 @@ def test_crops_are_distributed_as_torchvisions() -> None:
     assert (top + height).max() <= 32
 
 
+@pytest.mark.parametrize("firsts", [None, 4000])
+@pytest.mark.parametrize(
+    "config", [ALL, ViewsConfig(crop_scale_min=1.0), SECOND], ids=["all", "whole", "second"]
+)
+def test_one_pass_draws_what_operations_on_batches_draw(config: ViewsConfig, firsts: int | None) -> None:
+    distribution = Distribution(config, 32, torch.device("cpu"))
+    uniform = torch.rand(8000, NUMBERS, generator=generator(4))
+    uniform[:10, 6:9] = 0.5  # ties keep their order
+    uniform[10, -4 * ATTEMPTS :] = 0.99
+    ours = draw_views(uniform, distribution, firsts or len(uniform))
+    theirs = distribution.draws(uniform, firsts or len(uniform))
+    for field in dataclasses.fields(Draws):
+        one, other = getattr(ours, field.name), getattr(theirs, field.name)
+        assert one.dtype == other.dtype
+        if field.name == "box":
+            # A side between two pixels may be rounded to either.
+            assert (one != other).any(1).sum() <= 2
+        elif field.name == "order":
+            assert torch.equal(one[10:], other[10:])
+            assert one[:10].tolist() == [[0, 1, 2]] * 10
+        else:
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
 def test_a_crop_that_never_fits_is_the_whole_image() -> None:
     views = Views(ViewsConfig(crop_scale_min=1.0), 8, PLAIN)
     uniform = torch.full((4, 4, 10), 0.99)
     uniform[1] = 0.0  # ratio 3/4 of the full area: higher than the image
-    assert torch.equal(views._draw_boxes(uniform), torch.tensor([0.0, 0.0, 8.0, 8.0]).expand(4, 4))
+    assert torch.equal(views.distribution.boxes(uniform), torch.tensor([0.0, 0.0, 8.0, 8.0]).expand(4, 4))
 
 
 def test_jitter_is_distributed_as_torchvisions() -> None:
@@ -294,7 +321,7 @@ def test_strong_jitter_never_has_a_negative_factor() -> None:
 def test_every_order_of_operations_is_equally_likely_for_every_view() -> None:
     views, images, runs = Views(ViewsConfig(), 8, PLAIN), 6, 4000
     counts = np.zeros((images, 24))
-    stream = generator(0)
+    stream = generator(1)
     orders = {order: index for index, order in enumerate(itertools.permutations(range(4)))}
     for _ in range(runs):
         draws = views.draw(8, stream)

@@ -1,0 +1,52 @@
+"""NT-Xent with its gradient written out.
+
+Left to autograd, loss and gradient take some thirty operations and, beside the (2N, 2N) similarities, five
+tensors of their size. Written out they take half the operations, which is what a small encoder waits for, and
+two such tensors, which is what a large batch needs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class NTXent(torch.autograd.Function):
+    """Mean over all 2N anchors, of fp32 projections (2N, P) and a temperature; see `objectives.nt_xent`.
+
+    With unit rows D, similarities S = D D^T / t without their diagonal, and P their softmax by rows, the loss
+    is -mean_i log P[i, i'], where i' is i's positive. dS is (P - 1[j = i']) / 2N; its two sides meet in
+    dD = (dS + dS^T) D / t; and a row's gradient is dD's part across the row, over the row's length.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, projections: Tensor, temperature: float) -> Tensor:
+        """Compute the loss, a scalar, and where it will be asked for, the gradient."""
+        count, half = len(projections), len(projections) // 2
+        lengths = torch.linalg.vector_norm(projections, dim=1, keepdim=True)
+        # A row of zeros stays one; see `directions.unit_rows`.
+        lengths = torch.where(lengths > 0, lengths, 1.0)
+        directions = projections / lengths
+        similarities = torch.mm(directions * (1 / temperature), directions.T)
+        chances = similarities.fill_diagonal_(-torch.inf).log_softmax(1)
+        pairs = chances.diagonal(half), chances.diagonal(-half)
+        loss = (pairs[0].sum() + pairs[1].sum()) / -count
+        if ctx.needs_input_grad[0]:
+            chances.exp_()
+            for positives in pairs:
+                positives.sub_(1)
+            slope = torch.mm(torch.add(chances, chances.T, out=similarities), directions)
+            along = (slope * directions).sum(1, keepdim=True)
+            slope.addcmul_(directions, along, value=-1)
+            ctx.save_for_backward(slope.div_(lengths * (temperature * count)))
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
+        """Scale the gradient."""
+        (gradient,) = ctx.saved_tensors
+        return gradient * slope, None
