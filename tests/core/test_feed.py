@@ -106,3 +106,18 @@ def test_a_training_from_the_host_is_the_same_to_the_bit(tmp_path, monkeypatch, 
     assert there[0] == here[0]
     assert_same_weights(there[1], here[1])
     assert there[2] == here[2]
+
+
+@pytest.mark.gpu
+def test_a_gpu_gets_the_rows_in_order_while_it_works():
+    """Buffers are used again while earlier copies and their readers may still wait for the device."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    gpu, order = torch.device("cuda"), torch.arange(50).repeat(20)
+    data, load = split(), torch.rand(4096, 4096, device="cuda")
+    taken = []
+    for images, labels in streamed(data, order, 8, gpu):
+        load = (load @ load).clamp_(0, 1)
+        taken.append((images.float() + 0 * load[0, 0], labels))
+    assert torch.equal(torch.cat([labels for _, labels in taken]).cpu(), order)
+    assert torch.equal(torch.cat([images for images, _ in taken]).cpu(), data.images[order].float())
