@@ -70,7 +70,8 @@ class PeakMemory:
         self.found: int | None = None
 
     def __enter__(self) -> Self:
-        """Forget earlier peaks."""
+        """Forget earlier peaks, and what allocators keep since."""
+        free_memory(self.device)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         else:

@@ -58,13 +58,24 @@ def another_machine(monkeypatch, tmp_path, name="other"):
     monkeypatch.setenv("HEADSEARCH_HOME", str(tmp_path / name))
 
 
+LONG = {"budget": {"trials": 32, "epochs": 4, "rungs": [1, 2]}, "seeds": [0, 1, 2, 3]}
+"""Of so many trials, some are worse than those before them and pause."""
+
+
+def work_until(world, *wanted):
+    """Take trials one by one until some are in each of these states; return how many are in which."""
+    for _ in range(12):
+        work("--count", "1")
+        counts = snapshot.read(world.database, "tiny").counts
+        if all(counts.get(state) for state in wanted):
+            return counts
+    raise AssertionError(f"the test would show nothing: {counts}")
+
+
 def test_a_machine_that_lacks_nothing(world, tmp_path, monkeypatch, capsys):
     """Another home, the same store: it sees the checkpoints and has the same images."""
-    make(world, worker={"checkpoint_store": f"file://{tmp_path}/store"})
-    work("--count", "2")
-    seen = snapshot.read(world.database, "tiny").counts
-    assert seen["paused"], "the test would show nothing"
-    assert seen["complete"]
+    make(world, **LONG, worker={"checkpoint_store": f"file://{tmp_path}/store"})
+    seen = work_until(world, "paused", "complete")
     another_machine(monkeypatch, tmp_path)
     found = states()
     assert [state for state, _, _ in found.values()] == ["ok"] * 5, found
@@ -76,8 +87,8 @@ def test_a_machine_that_lacks_nothing(world, tmp_path, monkeypatch, capsys):
 
 
 def test_checkpoints_that_are_not_seen_from_here(world, tmp_path, monkeypatch, capsys):
-    make(world)
-    work("--count", "2")
+    make(world, **LONG)
+    work_until(world, "paused")
     assert states()["checkpoints"][0] == "ok"
     another_machine(monkeypatch, tmp_path)
     state, line, remedy = states()["checkpoints"]
