@@ -12,5 +12,10 @@ def unit_rows(rows: Tensor) -> Tensor:
     torch's ``normalize`` divides such a row by 1e-12, and its gradient with it. Discretised projections have
     rows of zeros, since zero is among their levels: 1e10 in one row's gradient ends a training.
     """
+    return rows / row_lengths(rows)
+
+
+def row_lengths(rows: Tensor) -> Tensor:
+    """Lengths (N, 1) of rows (N, D); 1 of a row of zeros."""
     lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    return rows / torch.where(lengths > 0, lengths, 1.0)
+    return torch.where(lengths > 0, lengths, 1.0)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from headsearch.core.directions import row_lengths
+
 
 class NTXent(torch.autograd.Function):
     """Mean over all 2N anchors, of fp32 projections (2N, P) and a temperature; see `objectives.nt_xent`.
@@ -26,9 +28,7 @@ class NTXent(torch.autograd.Function):
     def forward(ctx: Any, projections: Tensor, temperature: float) -> Tensor:
         """Compute the loss, a scalar, and where it will be asked for, the gradient."""
         count, half = len(projections), len(projections) // 2
-        lengths = torch.linalg.vector_norm(projections, dim=1, keepdim=True)
-        # A row of zeros stays one; see `directions.unit_rows`.
-        lengths = torch.where(lengths > 0, lengths, 1.0)
+        lengths = row_lengths(projections)
         directions = projections / lengths
         similarities = torch.mm(directions * (1 / temperature), directions.T)
         chances = similarities.fill_diagonal_(-torch.inf).log_softmax(1)

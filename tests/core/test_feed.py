@@ -79,7 +79,9 @@ def test_images_that_do_not_fit_stay_on_the_host():
     assert placed(images, gpu, free=2 * taken - 1).train.images.device == CPU
     there = placed(images, gpu, free=2 * taken)
     assert {part.images.device for part in (there.train, there.validation, there.test)} == {gpu}
-    assert placed(there, gpu, free=0) is not images  # there already, it takes nothing
+    # There already, they take nothing.
+    assert placed(there, gpu, free=0).train.images.device == gpu
+    assert placed(images, gpu, free=0) is images
     assert placed(images, CPU).train.images is images.train.images
 
 
