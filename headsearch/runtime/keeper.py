@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 
 from headsearch.errors import DatabaseError, HeadsearchError, LeaseLost
 from headsearch.runtime.lines import first_line, unbreakable
-from headsearch.runtime.patience import FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS, revive
+from headsearch.runtime.patience import FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS, Reasons, revive
 from headsearch.runtime.session import Session
 from headsearch.search import leases, workers
 from headsearch.search.leases import Report
@@ -40,6 +40,7 @@ class LeaseKeeper:
         self._session, self._study, self._worker_id = session, study, worker_id
         self._database = session.database.brief()
         self._say = unbreakable(say)
+        self._reasons = Reasons(self._say)
         self._claim: Claim | None = None
         self._queue: deque[Report] = deque()
         self._sending = False
@@ -160,6 +161,7 @@ class LeaseKeeper:
         if self._away_since is not None:
             away = time.monotonic() - self._away_since
             self._away_since = self._error = None
+            self._reasons.forget()
             self._say(f"the database answers again after {away:.0f} s")
 
     def _away(self, error: DatabaseError) -> float:
@@ -167,7 +169,7 @@ class LeaseKeeper:
         now = time.monotonic()
         if self._away_since is None:
             self._away_since = now
-            self._say(f"{error}; training goes on, reports wait")
+        self._reasons.tell(error, "training goes on, reports wait")
         self._error = error
         revive(self._session)
         return min(LONGEST_WAIT_SECONDS, max(FIRST_WAIT_SECONDS, now - self._away_since))

@@ -19,6 +19,29 @@ FIRST_WAIT_SECONDS = 0.25
 LONGEST_WAIT_SECONDS = 10.0
 
 
+class Reasons:
+    """Why the database is away: each reason is said once in an outage, whenever it comes up.
+
+    The first is often not the one that lasts: connections are cut, then the new password is refused.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._told: set[str] = set()
+
+    def tell(self, error: DatabaseError, then: str) -> None:
+        """Say why, and what is done about it, unless it is known."""
+        if str(error) not in self._told:
+            self._told.add(str(error))
+            self._say(f"{error}; {then}")
+
+    def forget(self) -> bool:
+        """Call when it answers. True if any had been told."""
+        told = bool(self._told)
+        self._told.clear()
+        return told
+
+
 def patiently(
     session: Session,
     call: Callable[[], T],
@@ -37,7 +60,8 @@ def patiently(
     """
     hurry = hurry or threading.Event()
     deadline = time.monotonic() + patience_seconds
-    wait, told, hurried = FIRST_WAIT_SECONDS, False, False
+    wait, hurried = FIRST_WAIT_SECONDS, False
+    reasons = Reasons(say)
     while True:
         try:
             result = call()
@@ -47,11 +71,9 @@ def patiently(
                 wait = FIRST_WAIT_SECONDS
             if not error.transient or time.monotonic() + wait > deadline:
                 raise
-            if not told:
-                left = max(0.0, deadline - time.monotonic())
-                shown = f"{left / 60:.0f} minutes" if left > 100 else f"{left:.0f} s"
-                say(f"{error}; trying again for {shown}")
-                told = True
+            left = max(0.0, deadline - time.monotonic())
+            shown = f"{left / 60:.0f} minutes" if left > 100 else f"{left:.0f} s"
+            reasons.tell(error, f"trying again for {shown}")
             if hurried:
                 time.sleep(wait)
             else:
@@ -59,7 +81,7 @@ def patiently(
             wait = min(wait * 2, LONGEST_WAIT_SECONDS)
             revive(session)
         else:
-            if told:
+            if reasons.forget():
                 say("the database answers again")
             return result
 

@@ -118,7 +118,7 @@ def test_a_lost_trial_fails_and_a_bad_one_too_as_the_worker_role(lab_team, monke
 
 def test_a_password_that_changes_stops_no_worker(lab_team, monkeypatch):
     """Changed at the server first, then in the file; all connections are cut in between."""
-    make(lab_team, monkeypatch, budget={"trials": 2, "epochs": 60})
+    make(lab_team, monkeypatch, budget={"trials": 2, "epochs": 150})
     worker = start()
     wait_for(lambda: any(epoch >= 2 for epoch in epochs()))
     file = lab_team.file(WORKER)
