@@ -34,6 +34,15 @@ def bench(
             "--compile", metavar="MODE", help="Measure with torch.compile too: default or reduce-overhead."
         ),
     ] = None,
+    together: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="N",
+            min=2,
+            max=32,
+            help="Measure N trainings at once too, which share the cores or the GPU. May be repeated.",
+        ),
+    ] = None,
     image_size: Annotated[int, typer.Option(min=4, max=1024, help="Side of the images of noise.")] = 32,
     images: Annotated[int, typer.Option(min=2, help="Training images of noise.")] = 5000,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds, of which the median is taken.")] = 5,
@@ -50,7 +59,7 @@ def bench(
     stage take turns in every round.
     """
     from headsearch.home import home_folder
-    from headsearch.report.benchmark import bench_table, compile_lines, hardware_line, reading
+    from headsearch.report.benchmark import bench_table, compile_lines, hardware_line, reading, together_lines
     from headsearch.runtime.bench import bench as measured
     from headsearch.runtime.bundled import study_file
 
@@ -68,6 +77,7 @@ def bench(
         repeats=repeats,
         seconds=seconds,
         probe=probe,
+        together=together or (),
         home=home_folder(),
     ):
         results.append(one)
@@ -76,4 +86,5 @@ def bench(
     if as_json:
         emit({"hardware": hardware_line(results[0]), "results": [one.to_json() for one in results]})
     else:
-        emit_lines([hardware_line(results[0]), *bench_table(results).lines(), *compile_lines(results)])
+        advice = [*compile_lines(results), *together_lines(results)]
+        emit_lines([hardware_line(results[0]), *bench_table(results).lines(), *advice])

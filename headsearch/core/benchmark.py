@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,23 +24,10 @@ from headsearch.core.memory import PeakMemory, memory_checked
 from headsearch.core.pretrain import Pretrained, check_steps
 from headsearch.core.probe import evaluate
 from headsearch.core.reporting import Reporter
-from headsearch.core.stages import Stages, random_images, seconds_of
+from headsearch.core.stages import Measure, Stages, random_images, seconds_of
+from headsearch.core.together import Together
 
 NOISE_CLASSES: Final = 10
-
-
-@dataclass(frozen=True)
-class Measure:
-    """Repeated measurements of one thing: the median, and the smallest and largest."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Measure:
-        """Summarise `values`."""
-        return cls(statistics.median(values), min(values), max(values))
 
 
 @dataclass(frozen=True)
@@ -79,6 +66,8 @@ class Benchmark:
     probe_seconds: float | None
     peak_bytes: int | None
     """Of the process's memory, or on a GPU of what torch took there; what the images take is in it."""
+    together: tuple[Together, ...] = ()
+    """Several trainings at once, where that was asked for."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""

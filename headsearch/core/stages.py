@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -21,6 +23,20 @@ from headsearch.core.views import Views
 
 WARM_STEPS: Final = 2
 """Before anything is timed: allocators, oneDNN's and cuDNN's choices, and the optimizer's state."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Repeated measurements of one thing: the median, and the smallest and largest."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Measure:
+        """Summarise `values`."""
+        return cls(statistics.median(values), min(values), max(values))
 
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from headsearch.core.benchmark import Benchmark, Measure
+from headsearch.core.benchmark import Benchmark
+from headsearch.core.stages import Measure
+from headsearch.core.together import Together
 from headsearch.report.tables import Table, duration
 
 REPORT_ALLOWANCE, CHECKPOINT_ALLOWANCE = 0.05, 0.01
 """Shares of an epoch above which the reading names what would lower them."""
 
 PAYS = 1.05
-"""Ratio of speeds from which compiling is worth its start."""
+"""Ratio of speeds from which compiling is worth its start, and sharing a device its memory."""
 
 
 def bench_table(results: Sequence[Benchmark]) -> Table:
@@ -87,6 +89,31 @@ def compile_lines(results: Sequence[Benchmark]) -> list[str]:
                 f"training {ratio:.2f} x as fast: {advice} here"
             )
     return lines
+
+
+def together_lines(results: Sequence[Benchmark]) -> list[str]:
+    """What several trainings at once make, and how to have as many."""
+    lines = []
+    for one in results:
+        for several in one.together[1:]:
+            threads = f"{several.threads} thread{'s' if several.threads > 1 else ''}"
+            each = f", {threads} each," if one.device == "cpu" else ""
+            lines.append(
+                f"{one.encoder}, batch {one.batch_size}: {several.trainings} trainings at once{each} make "
+                f"{_speed(several.total)} views/s together, {several.gain.median:.2f} x one alone"
+            )
+        if one.together:
+            best = max(one.together, key=lambda several: several.gain.median)
+            lines.append(f"{one.encoder}, batch {one.batch_size}: {_advice(best, one.device)}")
+    return lines
+
+
+def _advice(best: Together, device: str) -> str:
+    if best.gain.median <= PAYS:
+        return "one training at a time is as fast here"
+    if device == "cpu":
+        return f"headsearch run --workers {best.trainings} is fastest here"
+    return f"HEADSEARCH_GPU_SLOTS={best.trainings} is fastest here, if nothing larger has to fit on the GPU"
 
 
 def hardware_line(one: Benchmark) -> str:

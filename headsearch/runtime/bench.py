@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from headsearch.config import TrialConfig
@@ -13,6 +15,7 @@ from headsearch.core.feed import placed
 from headsearch.core.hardware import set_threads
 from headsearch.core.images import ImageSet, load_images
 from headsearch.core.memory import keep_memory
+from headsearch.core.together import Job, train_together
 from headsearch.runtime.preflight import check_data
 from headsearch.runtime.single import point_of
 from headsearch.study_file import configured
@@ -36,11 +39,13 @@ def bench(
     repeats: int = 5,
     seconds: float = 2.0,
     probe: bool = True,
+    together: Sequence[int] = (),
     home: Path,
 ) -> Iterator[Benchmark]:
     """Benchmark the first point of a study with each encoder, batch size and mode of torch.compile.
 
     Without a study, SimCLR with its usual head on `images` training images of noise of `image_size` pixels.
+    `together` has numbers of trainings to measure at once, too.
 
     Raises:
         InputError: The study, an override, an encoder or the device is not valid, or images are missing.
@@ -60,10 +65,18 @@ def bench(
     ]
     loaded: ImageSet | None = None
     for config in configs:
+        load = partial(load_images, config.data, home=home) if study else partial(noise, images, image_size)
         if loaded is None:
-            loaded = _images(config, home) if study else noise(images, image_size)
-            loaded = placed(loaded, chosen)
-        yield measure(config, loaded, device=chosen, home=home, repeats=repeats, seconds=seconds, probe=probe)
+            if study:
+                check_data(config.data, config.training.batch_size, home)
+            loaded = placed(load(), chosen)
+        found = measure(
+            config, loaded, device=chosen, home=home, repeats=repeats, seconds=seconds, probe=probe
+        )
+        if together:
+            job = Job(config, load, chosen, home)
+            found = replace(found, together=train_together(job, together, repeats=repeats, seconds=seconds))
+        yield found
 
 
 def _config(
@@ -71,8 +84,3 @@ def _config(
 ) -> TrialConfig:
     given = [*overrides, *(f"{path}={value}" for path, value in varied.items() if value is not None)]
     return point_of(study, given) if study else configured(given)
-
-
-def _images(config: TrialConfig, home: Path) -> ImageSet:
-    check_data(config.data, config.training.batch_size, home)
-    return load_images(config.data, home=home)

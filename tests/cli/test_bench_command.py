@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 
 from headsearch.cli.app import run
-from headsearch.core.benchmark import Measure
-from headsearch.report.benchmark import bench_table, compile_lines, reading
+from headsearch.core.stages import Measure
+from headsearch.core.together import Together
+from headsearch.report.benchmark import bench_table, compile_lines, reading, together_lines
 from headsearch.runtime.bench import bench
 
 QUICK = ["bench", "--images", "96", "--image-size", "8", "--repeats", "1", "--seconds", "0"]
@@ -44,6 +45,44 @@ def test_a_table_and_a_line_to_read(capsys):
     assert said.out.splitlines()[2].startswith("small-resnet")
     assert "small-resnet, batch 16: " in said.err
     assert "% of the limit, which is the encoder's own speed; of a step, views " in said.err
+
+
+def test_trainings_at_once_are_measured_where_asked(capsys):
+    given = [*QUICK, "--encoder", "small-resnet", "--batch", "16", "--no-probe", "--json"]
+    assert run([*given, "--together", "2"]) == 0
+    [one] = json.loads(capsys.readouterr().out)["results"]
+    assert [several["trainings"] for several in one["together"]] == [1, 2]
+    assert all(several["total"]["median"] > 0 for several in one["together"])
+
+
+def test_what_several_at_once_make_is_said_with_its_advice(home):
+    [one] = bench(
+        None,
+        ["training.batch_size=16"],
+        encoders=["small-resnet"],
+        images=32,
+        image_size=8,
+        repeats=1,
+        seconds=0.0,
+        probe=False,
+        home=home,
+    )
+    assert together_lines([one]) == []
+
+    def found(device, gain):
+        alone = Together(1, 2, Measure(100.0, 90.0, 110.0), Measure(1.0, 1.0, 1.0))
+        two = Together(2, 1, Measure(100 * gain, 0.0, 300.0), Measure(gain, gain, gain))
+        return together_lines([replace(one, device=device, together=(alone, two))])
+
+    assert found("cpu", 1.2) == [
+        (
+            "small-resnet, batch 16: 2 trainings at once, 1 thread each, make 120 (0-300) views/s together, "
+            "1.20 x one alone"
+        ),
+        "small-resnet, batch 16: headsearch run --workers 2 is fastest here",
+    ]
+    assert "HEADSEARCH_GPU_SLOTS=2 is fastest here" in found("cuda", 1.2)[1]
+    assert found("cuda", 1.0)[1].endswith("one training at a time is as fast here")
 
 
 def test_a_study_is_measured_on_its_own_images(capsys):

@@ -111,6 +111,7 @@ def test_the_options_are_these() -> None:
             "--seconds",
             "--set",
             "--threads",
+            "--together",
         ],
         "run": ["--device", "--json", "--no-check", "--set", "--threads", "--workers"],
         "launch": [

@@ -12,12 +12,12 @@ from networks import CPU, tiny_config, tiny_images
 
 from headsearch.core import benchmark
 from headsearch.core import stages as stages_module
-from headsearch.core.benchmark import Measure, measure, noise
+from headsearch.core.benchmark import measure, noise
 from headsearch.core.checkpoint import CheckpointFolder
 from headsearch.core.features import build_views
 from headsearch.core.learner import build_learner
 from headsearch.core.memory import PeakMemory
-from headsearch.core.stages import Stages, seconds_of
+from headsearch.core.stages import Measure, Stages, seconds_of
 from headsearch.errors import SpecError
 
 
