@@ -30,15 +30,19 @@ class NTXent(torch.autograd.Function):
         count, half = len(projections), len(projections) // 2
         lengths = row_lengths(projections)
         directions = projections / lengths
-        similarities = torch.mm(directions * (1 / temperature), directions.T)
-        chances = similarities.fill_diagonal_(-torch.inf).log_softmax(1)
-        pairs = chances.diagonal(half), chances.diagonal(-half)
-        loss = (pairs[0].sum() + pairs[1].sum()) / -count
+        similarities = torch.mm(directions * (1 / temperature), directions.T).fill_diagonal_(-torch.inf)
+        chances = similarities.softmax(1)
+        # A positive's own chance may be too small for fp32. The largest of a row never is, and tells the row's
+        # logsumexp: log P = S - logsumexp.
+        totals = similarities.amax(1) - chances.amax(1).log_()
+        alike = similarities.diagonal(half)  # of first views; the second views' are the same numbers
+        loss = (totals.view(2, half) - alike).mean()
         if ctx.needs_input_grad[0]:
-            chances.exp_()
-            for positives in pairs:
-                positives.sub_(1)
-            slope = torch.mm(torch.add(chances, chances.T, out=similarities), directions)
+            for place in (half, -half):
+                chances.diagonal(place).sub_(1)
+            # Copied first: adding the transposed as it lies takes three times as long.
+            both = similarities.copy_(chances.T).add_(chances)
+            slope = torch.mm(both, directions)
             along = (slope * directions).sum(1, keepdim=True)
             slope.addcmul_(directions, along, value=-1)
             ctx.save_for_backward(slope.div_(lengths * (temperature * count)))

@@ -68,6 +68,19 @@ def test_value_and_gradient(images, dim, temperature):
     )
 
 
+@pytest.mark.parametrize("temperature", [0.003, 0.01])
+def test_chances_too_small_for_fp32(temperature):
+    """Opposite views beside equal images: a positive's chance is exp(-2 / temperature) of the others'."""
+    first = E[[0, 0, 1, 1]]
+    z = torch.tensor(np.concatenate([first, -first]), dtype=torch.float32, requires_grad=True)
+    value = nt_xent(z, temperature)
+    value.backward()
+    assert value.item() == pytest.approx(reference(first, -first, temperature), rel=1e-6)
+    gradient = np.concatenate(nt_xent_gradient(first, -first, temperature))
+    assert z.grad is not None
+    np.testing.assert_allclose(z.grad.numpy(), gradient, atol=1e-5 / temperature)
+
+
 def test_the_reference_gradient_is_the_slope_of_the_reference_loss():
     rng = fresh_generator()
     views = rng.normal(size=(2, 4, 3))
