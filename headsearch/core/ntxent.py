@@ -32,8 +32,8 @@ class NTXent(torch.autograd.Function):
         directions = projections / lengths
         similarities = torch.mm(directions * (1 / temperature), directions.T).fill_diagonal_(-torch.inf)
         chances = similarities.softmax(1)
-        # A positive's own chance may be too small for fp32. The largest of a row never is, and tells the row's
-        # logsumexp: log P = S - logsumexp.
+        # A positive's own chance may be too small for fp32. The largest of a row never is, and tells the
+        # row's logsumexp: log P = S - logsumexp.
         totals = similarities.amax(1) - chances.amax(1).log_()
         alike = similarities.diagonal(half)  # of first views; the second views' are the same numbers
         loss = (totals.view(2, half) - alike).mean()
