@@ -16,6 +16,10 @@ class CompiledEncoder:
     A machine without a C++ compiler, or with a GPU that Triton does not know, trains as it would without the
     option, and says so once. Weights and buffers are the encoder's own. The passes of reports and probes have
     batches of other sizes, and would be compiled anew for each: they use the encoder.
+
+    Whether it pays is for `headsearch bench --compile` to say, once per machine. A trial that timed both and
+    took the faster would not be the same, to the bit, when it is resumed or trained again: the compiled
+    encoder rounds otherwise.
     """
 
     def __init__(self, encoder: nn.Module, mode: str) -> None:
