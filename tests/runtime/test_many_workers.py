@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import socket
@@ -25,7 +26,7 @@ from headsearch.runtime.verifying import verify
 from headsearch.search import snapshot, studies
 from headsearch.spec import StudySpec
 
-pytestmark = [pytest.mark.postgres, pytest.mark.slow, pytest.mark.hostile, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.postgres, pytest.mark.slow, pytest.mark.hostile, pytest.mark.timeout(1800)]
 
 TRIALS = 96
 DEFAULT_CONNECTIONS = 100
@@ -102,7 +103,15 @@ def counted(handle, session, workers):
 
 
 @pytest.fixture
-def server(headsearch_home, monkeypatch):
+def turn(tmp_path_factory):
+    """Crowds take turns: 64 processes that have torch take 16 GiB, and pytest may run two tests at once."""
+    with (tmp_path_factory.getbasetemp().parent / "crowd").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@pytest.fixture
+def server(turn, headsearch_home, monkeypatch):
     """With as many connections as PostgreSQL has by default."""
     monkeypatch.setitem(pglaunch._SETTINGS, "max_connections", str(DEFAULT_CONNECTIONS))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
