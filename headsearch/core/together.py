@@ -9,7 +9,7 @@ import multiprocessing
 import signal
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,7 +25,7 @@ from headsearch.core.images import ImageSet
 from headsearch.core.learner import build_learner
 from headsearch.core.memory import free_memory, keep_memory, memory_checked
 from headsearch.core.stages import WARM_STEPS, Measure, Stages, seconds_of
-from headsearch.errors import TrialFailure
+from headsearch.errors import HeadsearchError, TrialFailure
 
 LOOK_SECONDS: Final = 0.2
 """Of steps between two looks at the clock."""
@@ -141,10 +141,11 @@ def _serve(line: Connection, job: Job) -> None:
     try:
         with memory_checked():
             _train(line, job)
-    except TrialFailure as error:
-        line.send((error.reason, str(error)))
+    except HeadsearchError as error:
+        with suppress(OSError):
+            line.send((error.reason if isinstance(error, TrialFailure) else "error", str(error)))
     except (EOFError, OSError):
-        return
+        return  # whoever asked has gone
 
 
 def _train(line: Connection, job: Job) -> None:

@@ -12,13 +12,17 @@ import torch
 from networks import CPU, tiny_config, tiny_images
 
 from headsearch.core.together import Job, train_together
-from headsearch.errors import TrialFailure
+from headsearch.errors import StorageError, TrialFailure
 
 pytestmark = pytest.mark.slow
 
 
 def killed():
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def unreadable():
+    raise StorageError("the disk is away")
 
 
 def job(tmp_path, load=tiny_images, **tree):
@@ -42,6 +46,11 @@ def test_a_training_that_fails_ends_them_all(tmp_path):
         train_together(job(tmp_path, **hot), [2], repeats=1, seconds=60.0)
     assert caught.value.reason == "non_finite_loss"
     assert multiprocessing.active_children() == []
+
+
+def test_what_a_training_says_of_the_world_is_said(tmp_path):
+    with pytest.raises(TrialFailure, match=r"the disk is away \(one of several"):
+        train_together(job(tmp_path, load=partial(unreadable)), [2], repeats=1, seconds=0.0)
 
 
 def test_a_training_that_dies_is_told_of(tmp_path):
