@@ -22,6 +22,22 @@ def home(tmp_path, monkeypatch):
     return tmp_path / "home"
 
 
+def quick(home):
+    """One small training, measured once."""
+    [one] = bench(
+        None,
+        ["training.batch_size=16"],
+        encoders=["small-resnet"],
+        images=32,
+        image_size=8,
+        repeats=1,
+        seconds=0.0,
+        probe=False,
+        home=home,
+    )
+    return one
+
+
 def test_json_has_every_encoder_and_batch(capsys):
     assert run([*QUICK, "--encoder", "small-resnet", "--batch", "16", "--batch", "32", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -56,17 +72,7 @@ def test_trainings_at_once_are_measured_where_asked(capsys):
 
 
 def test_what_several_at_once_make_is_said_with_its_advice(home):
-    [one] = bench(
-        None,
-        ["training.batch_size=16"],
-        encoders=["small-resnet"],
-        images=32,
-        image_size=8,
-        repeats=1,
-        seconds=0.0,
-        probe=False,
-        home=home,
-    )
+    one = quick(home)
     assert together_lines([one]) == []
 
     def found(device, gain):
@@ -107,16 +113,7 @@ def test_both_encoders_without_a_study(home):
 
 
 def test_the_reading_names_what_helps(home):
-    [one] = bench(
-        None,
-        ["training.batch_size=16"],
-        encoders=["small-resnet"],
-        images=32,
-        image_size=8,
-        repeats=1,
-        seconds=0.0,
-        home=home,
-    )
+    one = quick(home)
     # Two steps an epoch: the report on 32 images is far above its share.
     assert "fewer probe.report_images make it cheaper" in reading(one)
     assert len(bench_table([one]).rows) == 1
