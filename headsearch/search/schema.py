@@ -134,6 +134,7 @@ def migrate(database: Database) -> None:
             return
         _refuse_newer(version)
         _refuse_strangers(connection, version)
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": LOCK_SCHEMA})
         _settle_search_path(connection)
     # Connections made from here on find Optuna's tables in `public`.
     database.engine.dispose()
@@ -200,7 +201,8 @@ def _refuse_strangers(connection: Connection, version: int) -> None:
 def _settle_search_path(connection: Connection) -> None:
     """Keep a role that is named like our schema from finding our tables before Optuna's.
 
-    PostgreSQL looks into a schema of the role's own name first, and both have a table `studies`.
+    PostgreSQL looks into a schema of the role's own name first, and both have a table `studies`. For one
+    process at a time: PostgreSQL refuses the second of two that make the same setting.
     """
     if connection.scalar(text("SELECT current_user")) == "headsearch":
         name = connection.scalar(text("SELECT quote_ident(current_database())"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import optuna
 import pytest
@@ -12,7 +14,7 @@ from toy import make_spec, work_off
 from headsearch.errors import DatabaseError
 from headsearch.search import leases, schema, snapshot, studies
 from headsearch.search.claims import Claim, claim, point_key
-from headsearch.search.database import Database
+from headsearch.search.database import LOCK_SCHEMA, Database
 from headsearch.search.leases import Report
 
 pytestmark = pytest.mark.postgres
@@ -82,3 +84,27 @@ def test_a_newer_database_is_left_alone(database_url: str, monkeypatch: pytest.M
     monkeypatch.setattr(schema, "MIGRATIONS", schema.MIGRATIONS[:1])
     with pytest.raises(DatabaseError, match=r"schema version 3, headsearch .* knows 1; upgrade headsearch"):
         schema.migrate(database)
+
+
+def test_the_search_path_is_set_by_one_at_a_time(database_url: str) -> None:
+    """PostgreSQL takes no lock for a role's setting: the second of two first ones is refused."""
+    ahead, database = Database(database_url), Database(database_url)
+    name = database.engine.url.database
+    assert database.engine.url.username == "headsearch"
+    with ThreadPoolExecutor(1) as beside:
+        with ahead.begin() as connection:
+            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": LOCK_SCHEMA})
+            connection.exec_driver_sql(f"ALTER ROLE headsearch IN DATABASE {name} SET search_path = public")
+            migrating = beside.submit(schema.migrate, database)
+            waiting = text(
+                "SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = 'advisory' AND database = "
+                "(SELECT oid FROM pg_database WHERE datname = current_database())"
+            )
+            deadline = time.monotonic() + 60
+            while not connection.scalar(waiting):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+        migrating.result(timeout=60)
+    assert versions(database) == list(range(1, len(schema.MIGRATIONS) + 1))
+    ahead.close()
+    database.close()
