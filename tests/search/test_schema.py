@@ -108,3 +108,13 @@ def test_the_search_path_is_set_by_one_at_a_time(database_url: str) -> None:
     assert versions(database) == list(range(1, len(schema.MIGRATIONS) + 1))
     ahead.close()
     database.close()
+
+
+def test_twelve_that_come_first_together_make_the_tables_once(database_url: str) -> None:
+    databases = [Database(database_url) for _ in range(12)]
+    with ThreadPoolExecutor(len(databases)) as crowd:
+        for made in [crowd.submit(schema.migrate, database) for database in databases]:
+            made.result(timeout=60)
+    assert versions(databases[0]) == list(range(1, len(schema.MIGRATIONS) + 1))
+    for database in databases:
+        database.close()
