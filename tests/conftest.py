@@ -116,6 +116,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 reason = reasons.setdefault(marker, missing_for(marker))
                 if reason:
                     item.add_marker(pytest.mark.skip(reason=reason))
+        # Minutes of kills and cuts are many processes each, on a machine that may have other work.
+        if item.get_closest_marker("hostile") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(900))
 
 
 @pytest.fixture(autouse=True)

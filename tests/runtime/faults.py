@@ -76,7 +76,7 @@ def report_slowly() -> None:
     measure = reporting.Reporter.measure
 
     def slowly(self, *arguments):
-        time.sleep(3)
+        time.sleep(7)
         return measure(self, *arguments)
 
     reporting.Reporter.measure = slowly

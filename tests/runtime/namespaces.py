@@ -247,7 +247,7 @@ class Process:
         """All it has said."""
         return self.log.read_text(errors="replace")
 
-    def wait(self, seconds: float = 120) -> int:
+    def wait(self, seconds: float = 280) -> int:
         """Its exit code; fails after `seconds`."""
         try:
             return self.popen.wait(seconds)

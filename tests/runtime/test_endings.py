@@ -55,15 +55,15 @@ def saved(world: Session, number: int = 0) -> Any:
 
 
 def test_a_step_that_hangs_costs_the_process_and_after_some_tries_the_trial(world):
-    make(world, **DIMS, budget={"epochs": 2}, lease={"max_attempts": 2}, worker={"step_limit_seconds": 1.5})
+    make(world, **DIMS, budget={"epochs": 2}, lease={"max_attempts": 2}, worker={"step_limit_seconds": 4.0})
     for losses in (1, 2):
         code, said = faulty(faults.hang)
         assert code == EXIT_STUCK, said
-        assert "trial 0: no step for 2 s; this worker ends" in said
+        assert "trial 0: no step for 4 s; this worker ends" in said
         assert read(world).trials[0].losses == losses
         assert read(world).workers == (), "it said that it leaves"
     trial = read(world).trials[0]
-    assert (trial.state, trial.reason, trial.message) == ("failed", "hung", "no step for 2 s")
+    assert (trial.state, trial.reason, trial.message) == ("failed", "hung", "no step for 4 s")
     code, said = faulty(faults.hang)
     assert code == 0, said
     seen = read(world)
@@ -105,9 +105,9 @@ def test_sigterm_inside_a_long_epoch_saves_the_step_and_another_worker_goes_on_t
     wait_for(lambda: (state := saved(world)) and state["position"] and 3 < state["position"]["step"] < 30)
     worker.send_signal(signal.SIGTERM)
     began = time.monotonic()
-    said, _ = worker.communicate(timeout=60)
+    said, _ = worker.communicate(timeout=120)
     assert worker.returncode == 0, said
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
     assert "trial 0 stopped in epoch " in said
     assert "trial 0 given back" in said
     state, trial = saved(world), read(world).trials[0]
@@ -164,7 +164,7 @@ def test_a_cancelled_trial_stops_its_worker_at_the_next_step(world):
     assert steering.cancel(world.database, "tiny", [0]) == [0]
     wait_for(lambda: len(read(world).trials) == 2)
     assert steering.cancel(world.database, "tiny") == [1]
-    said, _ = worker.communicate(timeout=60)
+    said, _ = worker.communicate(timeout=120)
     assert worker.returncode == 0, said
     assert "trial 0: cancelled; going on with the next trial" in said
     assert read(world).study.state == "cancelled"
@@ -177,7 +177,7 @@ def test_a_worker_of_another_version_is_told_what_to_do(world):
     with world.database.begin() as connection:
         connection.execute(text("UPDATE headsearch.studies SET version = '99.1.0'"))
     worker = start()
-    said, _ = worker.communicate(timeout=100)
+    said, _ = worker.communicate(timeout=250)
     assert worker.returncode == 2
     (line,) = said.splitlines()
     assert "install headsearch==99.1.0 here, or accept both: headsearch study upgrade tiny" in line
@@ -211,7 +211,7 @@ def test_a_full_disk_is_one_line_and_no_half_file_and_room_mends_it(world, small
             file.write(bytes(4096))
     assert shutil.disk_usage(small_disk).free == 0
     worker = start()
-    said, _ = worker.communicate(timeout=100)
+    said, _ = worker.communicate(timeout=250)
     assert worker.returncode == 1
     (line,) = [line for line in said.splitlines() if "error" in line.lower()]
     assert "cannot be written (No space left on device)" in line
@@ -229,7 +229,7 @@ def test_a_disk_that_turns_read_only_is_one_line_and_the_trial_is_given_back(wor
     worker = start()
     wait_for(lambda: any(t.epoch >= 2 for t in read(world).trials))
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    said, _ = worker.communicate(timeout=100)
+    said, _ = worker.communicate(timeout=250)
     assert worker.returncode == 1
     (line,) = [line for line in said.splitlines() if line.startswith("error")]
     assert "cannot be written (Read-only file system)" in line
@@ -281,7 +281,7 @@ def test_a_database_away_for_too_long_ends_the_worker_and_its_epochs_are_not_los
     worker = start()
     wait_for(lambda: any(t.epoch >= 2 for t in read(world).trials))
     cable.cut()
-    said, _ = worker.communicate(timeout=100)
+    said, _ = worker.communicate(timeout=250)
     assert worker.returncode == 1, said
     assert "could not be given back" in said
     stored, kept = read(world).trials[0].epoch, saved(world)["epoch"]
@@ -305,7 +305,7 @@ def test_sigterm_while_the_database_is_away_ends_the_worker_all_the_same(world, 
     cable.cut()
     wait_for(lambda: saved(world)["epoch"] > read(world).trials[0].epoch + 2)
     worker.send_signal(signal.SIGTERM)
-    said, _ = worker.communicate(timeout=60)
+    said, _ = worker.communicate(timeout=120)
     assert worker.returncode == 0, said
     assert "its lease will run out" in said
     assert "leaves without saying so" in said

@@ -49,7 +49,7 @@ def test_two_sigterms_end_a_worker_that_is_stuck_in_c(world, begin):
     worker.send_signal(signal.SIGTERM)
     wait_for(lambda: "SIGTERM: finishing this epoch" in worker.said, 5)
     worker.send_signal(signal.SIGTERM)
-    worker.communicate(timeout=5)
+    worker.communicate(timeout=30)
     assert worker.returncode == INTERRUPTED
 
 
@@ -88,13 +88,13 @@ def test_time_asleep_counts_for_no_limit(world, begin, limit):
     worker.send_signal(signal.SIGSTOP)
     time.sleep(20)
     worker.send_signal(signal.SIGCONT)
-    said, _ = worker.communicate(timeout=100)
+    said, _ = worker.communicate(timeout=250)
     assert worker.returncode == 0, said
     assert [(t.state, t.losses) for t in read(world).trials] == [("complete", 0)]
 
 
 def test_a_worker_asleep_for_longer_than_its_lease_is_fenced_and_changes_nothing(world, begin):
-    spec = long_epochs(budget={"epochs": 4}, lease={"seconds": 1.5}, worker={"checkpoint_minutes": 0.05 / 60})
+    spec = long_epochs(budget={"epochs": 4}, lease={"seconds": 4.0}, worker={"checkpoint_minutes": 0.05 / 60})
     make(world, **spec)
     sleeper = begin()
     wait_for(lambda: any(t.epoch >= 1 for t in read(world).trials))
@@ -104,7 +104,7 @@ def test_a_worker_asleep_for_longer_than_its_lease_is_fenced_and_changes_nothing
     time.sleep(0.5)
     sleeper.send_signal(signal.SIGCONT)
     for worker in (sleeper, other):
-        said, _ = worker.communicate(timeout=100)
+        said, _ = worker.communicate(timeout=250)
         assert worker.returncode == 0, said
     assert [(t.state, t.losses, t.attempt) for t in read(world).trials] == [("complete", 1, 2)]
     make(world, **{**spec, "name": "calm"})
@@ -116,7 +116,7 @@ def test_a_worker_asleep_for_longer_than_its_lease_is_fenced_and_changes_nothing
 def test_memory_that_others_took_is_tried_again_and_counted(world, begin):
     make(world, **ONE, budget={"epochs": 4}, lease={"max_attempts": 2})
     worker = begin(faults.lose_memory_in_epoch_3)
-    said, _ = worker.communicate(timeout=100)
+    said, _ = worker.communicate(timeout=250)
     assert worker.returncode == 0, said
     assert "it will be tried again" in said
     trial = read(world).trials[0]
@@ -125,15 +125,15 @@ def test_memory_that_others_took_is_tried_again_and_counted(world, begin):
 
 def test_memory_that_ends_in_the_final_probe_has_that_reason(world, begin):
     make(world, **ONE, budget={"epochs": 1}, lease={"max_attempts": 1})
-    begin(faults.lose_memory_in_the_probe).communicate(timeout=100)
+    begin(faults.lose_memory_in_the_probe).communicate(timeout=250)
     trial = read(world).trials[0]
     assert (trial.state, trial.reason) == ("failed", "out_of_memory")
 
 
 def test_a_slow_report_is_no_step(world, begin):
-    make(world, **ONE, budget={"epochs": 1}, worker={"step_limit_seconds": 1.5})
+    make(world, **ONE, budget={"epochs": 1}, worker={"step_limit_seconds": 4.0})
     worker = begin(faults.report_slowly)
-    said, _ = worker.communicate(timeout=100)
+    said, _ = worker.communicate(timeout=250)
     assert worker.returncode == 0, said
     assert [(t.state, t.losses) for t in read(world).trials] == [("complete", 0)]
 
@@ -148,10 +148,10 @@ def test_checkpoints_of_a_requeued_trial_are_safe_from_whoever_completed_the_stu
     second = begin()
     wait_for(lambda: any(t.number == 2 and t.epoch >= 2 for t in read(world).trials))
     second.send_signal(signal.SIGTERM)
-    second.communicate(timeout=60)
+    second.communicate(timeout=120)
     epoch = read(world).trials[-1].epoch
     assert epoch < 40
-    first.communicate(timeout=60)
+    first.communicate(timeout=120)
     assert saved(world, 2)["epoch"] == epoch
 
 
@@ -172,7 +172,7 @@ def test_a_server_that_cannot_be_revived_does_not_end_the_keeping_of_the_lease(w
 def test_a_trial_given_back_has_a_checkpoint_of_its_last_report(world, begin):
     make(world, **ONE, budget={"epochs": 5000}, worker={"checkpoint_epochs": 5000})
     worker = begin(faults.terminate_after_report_5)
-    said, _ = worker.communicate(timeout=60)
+    said, _ = worker.communicate(timeout=120)
     assert worker.returncode == 0, said
     assert saved(world)["epoch"] == read(world).trials[0].epoch >= 5
 
@@ -182,7 +182,7 @@ def test_a_study_deleted_under_its_worker_leaves_no_checkpoints(world, begin):
     worker = begin()
     wait_for(lambda: any(t.epoch >= 2 for t in read(world).trials))
     delete_study(world, "tiny", force=True)
-    said, _ = worker.communicate(timeout=60)
+    said, _ = worker.communicate(timeout=120)
     assert worker.returncode == 2
     assert "deleted while workers were on it" in said
     assert "Traceback" not in said

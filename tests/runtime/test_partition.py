@@ -246,7 +246,7 @@ def world(server, undisturbed, headsearch_home):
         yield made
 
 
-def wait_for(condition: Callable[[], object], *running: Process, seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], object], *running: Process, seconds: float = 120) -> None:
     """Until `condition` holds; where it does not, fails with what the processes said."""
     deadline = time.monotonic() + seconds
     while not condition():
