@@ -54,6 +54,7 @@ def saved(world: Session, number: int = 0) -> Any:
     return CheckpointFolder(checkpoint_folder(world.home, folder, number)).peek()
 
 
+@pytest.mark.hostile
 def test_a_step_that_hangs_costs_the_process_and_after_some_tries_the_trial(world):
     make(world, **DIMS, budget={"epochs": 2}, lease={"max_attempts": 2}, worker={"step_limit_seconds": 4.0})
     for losses in (1, 2):
@@ -203,6 +204,7 @@ def small_disk(world) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.hostile
 def test_a_full_disk_is_one_line_and_no_half_file_and_room_mends_it(world, small_disk):
     make(world, **DIMS, budget={"epochs": 3})
     filler = small_disk / "filler"
@@ -224,6 +226,7 @@ def test_a_full_disk_is_one_line_and_no_half_file_and_room_mends_it(world, small
     assert verify(world, "tiny").clean
 
 
+@pytest.mark.hostile
 def test_a_disk_that_turns_read_only_is_one_line_and_the_trial_is_given_back(world, small_disk):
     make(world, **DIMS, budget={"epochs": 30})
     worker = start()
@@ -256,6 +259,7 @@ def cable(world, database_address, monkeypatch):
     relay.close()
 
 
+@pytest.mark.hostile
 def test_training_goes_on_while_the_database_is_away_and_nothing_is_missing_or_double(world, cable):
     make(world, **DIMS, budget={"epochs": 80}, lease={"seconds": 60.0})
     worker = start()
@@ -275,6 +279,7 @@ def test_training_goes_on_while_the_database_is_away_and_nothing_is_missing_or_d
     assert verify(world, "tiny").clean
 
 
+@pytest.mark.hostile
 def test_a_database_away_for_too_long_ends_the_worker_and_its_epochs_are_not_lost(world, cable):
     changes = {**DIMS, "budget": {"epochs": 150}, "points": DIMS["points"][:1]}
     make(world, **changes, lease={"seconds": 2.0}, worker={"database_patience_minutes": 2 / 60})
@@ -298,6 +303,7 @@ def test_a_database_away_for_too_long_ends_the_worker_and_its_epochs_are_not_los
     assert made_by_first == stored
 
 
+@pytest.mark.hostile
 def test_sigterm_while_the_database_is_away_ends_the_worker_all_the_same(world, cable):
     make(world, **DIMS, budget={"epochs": 5000}, lease={"seconds": 2.0})
     worker = start()
