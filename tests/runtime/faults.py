@@ -11,23 +11,41 @@ import time
 
 import psutil
 
-from headsearch.core import epoch, probe, reporting
+from headsearch.core import epoch as epoch_module
+from headsearch.core import probe, reporting
 from headsearch.errors import StorageError
 from headsearch.report import publish
 from headsearch.runtime.keeper import LeaseKeeper
 from headsearch.runtime.session import Session
 
 
+def die(trial: int, epoch: int) -> None:
+    """SIGKILL inside the epoch after `epoch` of the trial that is begun as number `trial` here, from 0.
+
+    A signal from outside comes at a moment of its own: between two trials, or after the last.
+    """
+    steps, begun = epoch_module.STEPS["joint"], -1
+
+    def joint(batch):
+        nonlocal begun
+        begun += batch.number == 0
+        if begun == trial and batch.number == epoch * batch.steps + 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return steps(batch)
+
+    epoch_module.STEPS["joint"] = joint
+
+
 def hang() -> None:
     """The second training step of heads with projection dim 2 never returns."""
-    steps = epoch.STEPS["joint"]
+    steps = epoch_module.STEPS["joint"]
 
     def joint(batch):
         if batch.learner.config.head.projection_dim == 2 and batch.number == 1:
             threading.Event().wait()
         return steps(batch)
 
-    epoch.STEPS["joint"] = joint
+    epoch_module.STEPS["joint"] = joint
 
 
 def limit_memory() -> None:
@@ -38,7 +56,7 @@ def limit_memory() -> None:
 
 def stay_in_c() -> None:
     """The fourth step does not come back from a C library, and no bytecode runs meanwhile."""
-    steps, libc = epoch.STEPS["joint"], ctypes.CDLL(None)
+    steps, libc = epoch_module.STEPS["joint"], ctypes.CDLL(None)
 
     def joint(batch):
         if batch.number == 3:
@@ -47,19 +65,19 @@ def stay_in_c() -> None:
             libc.pthread_mutex_lock(mutex)
         return steps(batch)
 
-    epoch.STEPS["joint"] = joint
+    epoch_module.STEPS["joint"] = joint
 
 
 def lose_memory_in_epoch_3() -> None:
     """Others take the memory that a trial had in its first epochs."""
-    steps = epoch.STEPS["joint"]
+    steps = epoch_module.STEPS["joint"]
 
     def joint(batch):
         if batch.number // batch.steps == 2:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
         return steps(batch)
 
-    epoch.STEPS["joint"] = joint
+    epoch_module.STEPS["joint"] = joint
 
 
 def lose_memory_in_the_probe() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import signal
+from functools import partial
 from pathlib import Path
 
+import faults
 import psycopg2
 import pytest
 from processes import Command
@@ -34,8 +36,8 @@ def lab_team(a_team, monkeypatch):
     return a_team
 
 
-def start(name="tiny", *options):
-    return Command("worker", "--study", name, "--threads", "1", *options)
+def start(name="tiny", fault=None):
+    return Command("worker", "--study", name, "--threads", "1", fault=fault)
 
 
 def epochs(name="tiny"):
@@ -48,15 +50,15 @@ def test_workers_finish_a_study_with_promotion_pruning_and_adoption(lab_team, mo
     make(
         lab_team,
         monkeypatch,
-        budget={"trials": 10, "epochs": 4, "rungs": [1, 2]},
+        budget={"trials": 10, "epochs": 4, "rungs": [2, 3]},
         lease={"seconds": 3},
         pruning={"eta": 5},
         space=TINY["space"] | {"head.projection_dim": [4]},
     )
-    victim = start()
-    wait_for(lambda: any(epochs()))
-    victim.send_signal(signal.SIGKILL)
-    victim.communicate()
+    victim = start(fault=partial(faults.die, trial=1, epoch=1))
+    victim.communicate(timeout=280)
+    assert victim.returncode == -signal.SIGKILL
+    assert len(epochs()) == 2
     survivors = [start(), start()]
     said = ""
     for process in survivors:
@@ -64,7 +66,7 @@ def test_workers_finish_a_study_with_promotion_pruning_and_adoption(lab_team, mo
         assert process.returncode == 0, output
         said += output
     assert " promoted at epoch " in said
-    assert " adopted at epoch " in said
+    assert "trial 1 adopted at epoch " in said
     with open_session() as session:
         seen = snapshot.read(session.database, "tiny")
         verdict = verify(session, "tiny")

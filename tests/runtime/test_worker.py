@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
+import faults
 import numpy as np
 import optuna
 import pytest
@@ -60,8 +62,8 @@ def make(session, **changes):
     return studies.create(session.database, spec)[0]
 
 
-def start(name="tiny", *options, threads=1):
-    return Command("worker", "--study", name, "--threads", str(threads), *options)
+def start(name="tiny", *options, threads=1, fault=None):
+    return Command("worker", "--study", name, "--threads", str(threads), *options, fault=fault)
 
 
 def work(name="tiny", *options):
@@ -151,12 +153,10 @@ def test_a_trial_paused_and_promoted_reports_what_one_never_paused_does(world):
 
 def test_a_worker_killed_mid_trial_loses_nothing(world):
     study = make(world, lease={"seconds": 2}, budget={"trials": 2, "epochs": 20})
-    victim = start()
-    wait_for(lambda: any(t.epoch >= 2 for t in read(world).trials))
-    victim.send_signal(signal.SIGKILL)
-    victim.communicate()
-    epoch = read(world).trials[0].epoch
-    assert epoch < 20
+    victim = start(fault=partial(faults.die, trial=0, epoch=3))
+    victim.communicate(timeout=280)
+    assert victim.returncode == -signal.SIGKILL
+    assert read(world).trials[0].epoch <= 3
     output = work()
     assert "trial 0 adopted at epoch" in output
     seen = read(world)
