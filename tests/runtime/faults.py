@@ -19,18 +19,18 @@ from headsearch.runtime.keeper import LeaseKeeper
 from headsearch.runtime.session import Session
 
 
-def die(trial: int, epoch: int) -> None:
-    """SIGKILL inside the epoch after `epoch` of the trial that is begun as number `trial` here, from 0.
+def signal_itself(number: int, trial: int, epoch: int, step: int = 1) -> None:
+    """The process has signal `number` in a step of the epoch after `epoch`, in the trial that it begins as `trial`.
 
-    A signal from outside comes at a moment of its own: between two trials, or after the last.
+    Counted from 0. A signal from outside comes at a moment of its own: between two trials, or after the last.
     """
     steps, begun = epoch_module.STEPS["joint"], -1
 
     def joint(batch):
         nonlocal begun
         begun += batch.number == 0
-        if begun == trial and batch.number == epoch * batch.steps + 1:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if begun == trial and batch.number == epoch * batch.steps + step:
+            os.kill(os.getpid(), number)
         return steps(batch)
 
     epoch_module.STEPS["joint"] = joint

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,11 +126,10 @@ def test_sigterm_inside_a_long_epoch_saves_the_step_and_another_worker_goes_on_t
 def test_checkpoints_inside_an_epoch_bound_what_a_kill_repeats(world):
     """Every 50 ms: the worker that adopts the trial goes on in the middle of the epoch."""
     make(world, **long_epochs(lease={"seconds": 1.0}, worker={"checkpoint_minutes": 0.05 / 60}))
-    worker = start()
-    wait_for(lambda: (state := saved(world)) and state["position"] and state["position"]["step"] > 3)
-    worker.kill()
-    worker.communicate()
-    assert saved(world)["position"]["step"] > 3
+    code, said = faulty(partial(faults.signal_itself, signal.SIGKILL, trial=0, epoch=1, step=60))
+    assert code == -signal.SIGKILL, said
+    assert saved(world)["epoch"] == 1
+    assert 3 < saved(world)["position"]["step"] < 60
     work()
     make(world, **long_epochs(name="calm"))
     work("calm")

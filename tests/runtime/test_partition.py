@@ -40,7 +40,8 @@ pytestmark = [pytest.mark.postgres, pytest.mark.slow, pytest.mark.hostile]
 
 SECONDS = 2.0
 """Of the lease."""
-EPOCHS = 30
+EPOCHS = 60
+"""Seconds in which a cable can still be cut."""
 TWO_TRIALS = {
     "mode": "points",
     "points": [

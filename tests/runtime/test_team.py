@@ -55,7 +55,7 @@ def test_workers_finish_a_study_with_promotion_pruning_and_adoption(lab_team, mo
         pruning={"eta": 5},
         space=TINY["space"] | {"head.projection_dim": [4]},
     )
-    victim = start(fault=partial(faults.die, trial=1, epoch=1))
+    victim = start(fault=partial(faults.signal_itself, signal.SIGKILL, trial=1, epoch=1))
     victim.communicate(timeout=280)
     assert victim.returncode == -signal.SIGKILL
     assert len(epochs()) == 2

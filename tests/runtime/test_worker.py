@@ -153,7 +153,7 @@ def test_a_trial_paused_and_promoted_reports_what_one_never_paused_does(world):
 
 def test_a_worker_killed_mid_trial_loses_nothing(world):
     study = make(world, lease={"seconds": 2}, budget={"trials": 2, "epochs": 20})
-    victim = start(fault=partial(faults.die, trial=0, epoch=3))
+    victim = start(fault=partial(faults.signal_itself, signal.SIGKILL, trial=0, epoch=3))
     victim.communicate(timeout=280)
     assert victim.returncode == -signal.SIGKILL
     assert read(world).trials[0].epoch <= 3
@@ -170,10 +170,8 @@ def test_a_worker_killed_mid_trial_loses_nothing(world):
 
 def test_sigterm_gives_the_trial_back_at_once(world):
     make(world, budget={"trials": 1, "epochs": 60})
-    worker = start()
-    wait_for(lambda: any(t.epoch >= 2 for t in read(world).trials))
-    worker.send_signal(signal.SIGTERM)
-    output, _ = worker.communicate(timeout=60)
+    worker = start(fault=partial(faults.signal_itself, signal.SIGTERM, trial=0, epoch=3))
+    output, _ = worker.communicate(timeout=280)
     assert worker.returncode == 0, output
     assert "trial 0 given back" in output
     seen = read(world)
