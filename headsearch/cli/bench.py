@@ -28,6 +28,10 @@ def bench(
     batch: Annotated[
         list[int] | None, typer.Option(metavar="N", min=2, help="Batch size to measure. May be repeated.")
     ] = None,
+    precision: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Measure in this precision too: bf16 or fp32. May be repeated."),
+    ] = None,
     compiled: Annotated[
         list[str] | None,
         typer.Option(
@@ -59,7 +63,14 @@ def bench(
     stage take turns in every round.
     """
     from headsearch.home import home_folder
-    from headsearch.report.benchmark import bench_table, compile_lines, hardware_line, reading, together_lines
+    from headsearch.report.benchmark import (
+        bench_table,
+        compile_lines,
+        hardware_line,
+        precision_lines,
+        reading,
+        together_lines,
+    )
     from headsearch.runtime.bench import bench as measured
     from headsearch.runtime.bundled import study_file
 
@@ -69,6 +80,7 @@ def bench(
         overrides or [],
         encoders=encoder or (),
         batches=batch or (),
+        precisions=precision or (),
         modes=compiled or (),
         image_size=image_size,
         images=images,
@@ -86,5 +98,5 @@ def bench(
     if as_json:
         emit({"hardware": hardware_line(results[0]), "results": [one.to_json() for one in results]})
     else:
-        advice = [*compile_lines(results), *together_lines(results)]
+        advice = [*precision_lines(results), *compile_lines(results), *together_lines(results)]
         emit_lines([hardware_line(results[0]), *bench_table(results).lines(), *advice])

@@ -5,26 +5,27 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from headsearch.config import TrainingConfig
 from headsearch.core.features import Precision, resolve_precision
-
-CPUINFO = Path("/proc/cpuinfo")
+from headsearch.core.processor import cpu_model, cpu_multiplies_bf16
 
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """One device: its name for ``--device``, what it is, and what precision ``auto`` means on it."""
+    """One device: its name for ``--device``, what it is, and what precision ``auto`` means on it.
+
+    `native_bf16` is whether it multiplies bf16 in hardware.
+    """
 
     name: str
     model: str
     memory_bytes: int | None
     precision: Precision
+    native_bf16: bool
 
 
 @dataclass(frozen=True)
@@ -44,17 +45,11 @@ def hardware() -> Hardware:
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         device = torch.device("cuda", index)
         facts = torch.cuda.get_device_properties(device)
-        devices.append(
-            DeviceFacts(
-                str(device), facts.name, facts.total_memory, resolve_precision(TrainingConfig(), device)
-            )
-        )
-    cpu = torch.device("cpu")
-    devices.append(
-        DeviceFacts(
-            "cpu", torch.backends.cpu.get_cpu_capability(), None, resolve_precision(TrainingConfig(), cpu)
-        )
-    )
+        auto = resolve_precision(TrainingConfig(), device)
+        devices.append(DeviceFacts(str(device), facts.name, facts.total_memory, auto, auto == "bf16"))
+    capability = torch.backends.cpu.get_cpu_capability()
+    auto = resolve_precision(TrainingConfig(), torch.device("cpu"))
+    devices.append(DeviceFacts("cpu", capability, None, auto, cpu_multiplies_bf16()))
     return Hardware(
         torch.__version__,
         importlib.metadata.version("torchvision"),
@@ -90,7 +85,4 @@ def processor(device: torch.device) -> str:
     """What computes, for people: a GPU's name, or the CPU's model, its cores and what torch uses of it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    told = CPUINFO.read_text() if CPUINFO.exists() else ""
-    found = re.search(r"^model name\s*:\s*(.+)$", told, re.MULTILINE)
-    model = found[1].strip() if found else platform.processor() or platform.machine()
-    return f"{model}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{cpu_model()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"

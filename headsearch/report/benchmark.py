@@ -13,7 +13,7 @@ REPORT_ALLOWANCE, CHECKPOINT_ALLOWANCE = 0.05, 0.01
 """Shares of an epoch above which the reading names what would lower them."""
 
 PAYS = 1.05
-"""Ratio of speeds from which compiling is worth its start, and sharing a device its memory."""
+"""Ratio of speeds from which compiling is worth its start, bf16 its rounding, a shared device its memory."""
 
 
 def bench_table(results: Sequence[Benchmark]) -> Table:
@@ -75,18 +75,33 @@ def reading(one: Benchmark) -> str:
     return line
 
 
+def precision_lines(results: Sequence[Benchmark]) -> list[str]:
+    """What bf16 brings, for what was measured in fp32 too."""
+    return _ratios(results, "precision", "fp32", "training.precision")
+
+
 def compile_lines(results: Sequence[Benchmark]) -> list[str]:
     """What torch.compile brings, for what was measured with and without it."""
-    plain = {(one.encoder, one.batch_size): one.training.median for one in results if one.compiled == "off"}
+    return _ratios(results, "compiled", "off", "training.compile_encoder")
+
+
+def _ratios(results: Sequence[Benchmark], field: str, usual: str, path: str) -> list[str]:
+    """One line for each result that differs in `field` alone from one where that is `usual`."""
+
+    def rest(one: Benchmark) -> tuple[object, ...]:
+        named = ("encoder", "batch_size", "precision", "compiled")
+        return tuple(getattr(one, name) for name in named if name != field)
+
+    plain = {rest(one): one.training.median for one in results if getattr(one, field) == usual}
     lines = []
     for one in results:
-        before = plain.get((one.encoder, one.batch_size))
-        if one.compiled != "off" and before:
+        value, before = getattr(one, field), plain.get(rest(one))
+        if value != usual and before:
             ratio = one.training.median / before
             advice = "worth setting" if ratio > PAYS else "does not pay"
             lines.append(
-                f"{one.encoder}, batch {one.batch_size}: training.compile_encoder={one.compiled} makes "
-                f"training {ratio:.2f} x as fast: {advice} here"
+                f"{one.encoder}, batch {one.batch_size}: {path}={value} makes training {ratio:.2f} x "
+                f"as fast: {advice} here"
             )
     return lines
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from headsearch.config import TrialConfig
 from headsearch.core.benchmark import Benchmark, measure, noise
 from headsearch.core.device import pick_device
+from headsearch.core.features import resolve_precision
 from headsearch.core.feed import placed
 from headsearch.core.hardware import set_threads
 from headsearch.core.images import ImageSet, load_images
@@ -31,6 +32,7 @@ def bench(
     *,
     encoders: Sequence[str] = (),
     batches: Sequence[int] = (),
+    precisions: Sequence[str] = (),
     modes: Sequence[str] = (),
     image_size: int = NOISE_PIXELS,
     images: int = 5000,
@@ -42,7 +44,7 @@ def bench(
     together: Sequence[int] = (),
     home: Path,
 ) -> Iterator[Benchmark]:
-    """Benchmark the first point of a study with each encoder, batch size and mode of torch.compile.
+    """Benchmark the first point of a study with each encoder, batch size, precision, compile mode.
 
     Without a study, SimCLR with its usual head on `images` training images of noise of `image_size` pixels.
     `together` has numbers of trainings to measure at once, too.
@@ -57,14 +59,16 @@ def bench(
     # All of them before the first is measured: a wrong one is heard of at once.
     names: list[str | None] = [*encoders] or ([None] if study else [*ENCODERS])
     sizes: list[int | None] = [*batches] or [None]
+    given: list[str | None] = [None, *precisions]
     compiled: list[str | None] = ["off", *modes] if modes else [None]
-    varied = ("encoder.name", "training.batch_size", "training.compile_encoder")
-    configs = [
-        _config(study, overrides, dict(zip(varied, values, strict=True)))
-        for values in itertools.product(names, sizes, compiled)
-    ]
+    varied = ("encoder.name", "training.batch_size", "training.precision", "training.compile_encoder")
+    configs: dict[tuple[object, ...], TrialConfig] = {}
+    for name, size, precision, mode in itertools.product(names, sizes, given, compiled):
+        config = _config(study, overrides, dict(zip(varied, (name, size, precision, mode), strict=True)))
+        # The study's own precision, or what `auto` is here, may be asked for too: it is measured once.
+        configs.setdefault((name, size, resolve_precision(config.training, chosen), mode), config)
     loaded: ImageSet | None = None
-    for config in configs:
+    for config in configs.values():
         load = partial(load_images, config.data, home=home) if study else partial(noise, images, image_size)
         if loaded is None:
             if study:

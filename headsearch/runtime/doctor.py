@@ -85,8 +85,11 @@ def _devices() -> Iterator[Finding]:
     yield Finding("torch", "ok", f"{found.torch} ({built}), torchvision {found.torchvision}")
     for device in found.devices:
         memory = f", {device.memory_bytes / GIB:.0f} GiB" if device.memory_bytes else ""
-        bf16 = "bf16" if device.precision == "bf16" else "fp32 (no fast native bf16)"
-        yield Finding(device.name, "ok", f"{device.model}{memory}; precision auto = {bf16}")
+        auto: str = device.precision
+        if auto == "fp32":
+            faster = "bf16 may be faster: headsearch bench --precision bf16"
+            auto += f" ({faster if device.native_bf16 else 'no native bf16'})"
+        yield Finding(device.name, "ok", f"{device.model}{memory}; precision auto = {auto}")
     yield Finding(
         "threads",
         "ok",

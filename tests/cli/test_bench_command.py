@@ -10,7 +10,7 @@ import pytest
 from headsearch.cli.app import run
 from headsearch.core.stages import Measure
 from headsearch.core.together import Together
-from headsearch.report.benchmark import bench_table, compile_lines, reading, together_lines
+from headsearch.report.benchmark import bench_table, compile_lines, precision_lines, reading, together_lines
 from headsearch.runtime.bench import bench
 
 QUICK = ["bench", "--images", "96", "--image-size", "8", "--repeats", "1", "--seconds", "0"]
@@ -52,6 +52,23 @@ def test_json_has_every_encoder_and_batch(capsys):
             assert 0 < one[name]["low"] <= one[name]["median"] <= one[name]["high"]
         assert one["train_images"] == 96
         assert one["probe_seconds"] > 0
+
+
+def test_precisions_are_measured_where_asked_and_compared(capsys):
+    given = [
+        *QUICK,
+        "--encoder",
+        "small-resnet",
+        "--batch",
+        "16",
+        "--no-probe",
+        "--set",
+        "training.precision=bf16",
+    ]
+    assert run([*given, "--precision", "fp32", "--precision", "bf16"]) == 0
+    rows = [line.split()[:3] for line in capsys.readouterr().out.splitlines()]
+    assert rows[2:4] == [["small-resnet", "16", "bf16"], ["small-resnet", "16", "fp32"]]
+    assert rows[4] == ["small-resnet,", "batch", "16:"]
 
 
 def test_a_table_and_a_line_to_read(capsys):
@@ -117,20 +134,26 @@ def test_the_reading_names_what_helps(home):
     # Two steps an epoch: the report on 32 images is far above its share.
     assert "fewer probe.report_images make it cheaper" in reading(one)
     assert len(bench_table([one]).rows) == 1
+    one = replace(one, precision="fp32")
     for factor, advice in (
         (1.2, "1.20 x as fast: worth setting here"),
         (1.0, "1.00 x as fast: does not pay here"),
     ):
-        compiled = replace(one, compiled="default", training=Measure(factor * one.training.median, 0.0, 0.0))
-        [line] = compile_lines([one, compiled])
+        other = replace(one, training=Measure(factor * one.training.median, 0.0, 0.0))
+        [line] = compile_lines([one, replace(other, compiled="default")])
         assert line.endswith(f"training.compile_encoder=default makes training {advice}")
-    assert compile_lines([one]) == []
+        [line] = precision_lines([replace(other, precision="bf16"), one])
+        assert line.endswith(f"training.precision=bf16 makes training {advice}")
+    unlike = replace(one, precision="bf16", compiled="default")
+    assert compile_lines([one]) == precision_lines([one]) == []
+    assert compile_lines([one, unlike]) == precision_lines([one, unlike]) == []
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--encoder", "vit"], "encoder.name"),
+        (["--precision", "fp8"], "training.precision"),
         (["--batch", "512"], "batch_size: 512 is more than the 96 training images"),
         (["--set", "nonsense=1"], "nonsense"),
         (["--device", "tpu"], "device: 'tpu' is none of auto, cpu, cuda"),

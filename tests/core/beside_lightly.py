@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import chain, islice, repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from lightly.loss import NTXentLoss
@@ -33,13 +33,15 @@ from torchvision.transforms.functional import to_pil_image
 
 from headsearch.config import TrialConfig
 from headsearch.core.encoders import build_encoder
-from headsearch.core.features import build_views
+from headsearch.core.features import Precision, arithmetic, build_views
 from headsearch.core.images import ImageSet, load_images
 from headsearch.core.learner import build_learner
+from headsearch.core.memory import keep_memory
 from headsearch.core.stages import Stages
 from headsearch.study_file import configured
 
 CPU = torch.device("cpu")
+PRECISIONS: Final[tuple[Precision, ...]] = ("fp32", "bf16")
 
 
 class Decoded(Dataset):
@@ -59,8 +61,11 @@ class Decoded(Dataset):
 class Lightly:
     """Its example's model and loop."""
 
-    def __init__(self, config: TrialConfig, images: ImageSet, *, alike: bool) -> None:
+    def __init__(
+        self, config: TrialConfig, images: ImageSet, *, alike: bool, precision: Precision = "fp32"
+    ) -> None:
         views = config.views
+        self.precision = precision
         transform = SimCLRTransform(input_size=images.image_size, normalize=None)
         if alike:
             transform = SimCLRTransform(
@@ -94,25 +99,28 @@ class Lightly:
 
     def train(self, steps: int) -> None:
         for first, second in islice(self.batches, steps):
-            projections = [
-                self.head(self.encoder(view.to(memory_format=self.layout))) for view in (first, second)
-            ]
-            loss = self.loss(*projections)
+            with arithmetic(CPU, self.precision):
+                projections = [
+                    self.head(self.encoder(view.to(memory_format=self.layout))) for view in (first, second)
+                ]
+            loss = self.loss(*(each.float() for each in projections))
             loss.backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
 
 
 def compare(config: TrialConfig, images: ImageSet, repeats: int, seconds: float) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as home:
-        learner = build_learner(config, images, CPU, Path(home))
-    ours = Stages(learner, images.train, build_views(config, images, CPU), "fp32")
-    systems: dict[str, Callable[[int], None]] = {
-        "headsearch": ours.epoch,
-        "lightly, alike": Lightly(config, images, alike=True).train,
-        "lightly, its example": Lightly(config, images, alike=False).train,
-        "encoder alone": ours.encoder,
-    }
+    systems: dict[str, Callable[[int], None]] = {}
+    for precision in PRECISIONS:
+        with tempfile.TemporaryDirectory() as home:
+            learner = build_learner(config, images, CPU, Path(home))
+        ours = Stages(learner, images.train, build_views(config, images, CPU), precision)
+        systems[f"headsearch, {precision}"] = ours.epoch
+        systems[f"lightly, alike, {precision}"] = Lightly(
+            config, images, alike=True, precision=precision
+        ).train
+        systems[f"encoder alone, {precision}"] = ours.encoder
+    systems["lightly, its example"] = Lightly(config, images, alike=False).train
     steps = {}
     for name, train in systems.items():
         train(2)
@@ -135,8 +143,13 @@ def compare(config: TrialConfig, images: ImageSet, repeats: int, seconds: float)
             name: [statistics.median(all_), min(all_), max(all_)] for name, all_ in speeds.items()
         },
         "ratio": {
-            name: statistics.median(a / b for a, b in zip(speeds["headsearch"], all_, strict=True))
-            for name, all_ in speeds.items()
+            precision: {
+                name: statistics.median(
+                    a / b for a, b in zip(speeds[f"headsearch, {precision}"], all_, strict=True)
+                )
+                for name, all_ in speeds.items()
+            }
+            for precision in PRECISIONS
         },
     }
 
@@ -152,6 +165,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
+    keep_memory()
     for width in given.width or [16]:
         config = configured(
             [
@@ -167,9 +181,10 @@ def main() -> None:
             continue
         print(f"{given.encoder}, width {width}, batch {given.batch}, {torch.get_num_threads()} threads")
         for name, (median, low, high) in found["views_per_second"].items():
-            print(
-                f"  {name:<22}{median:>9,.0f} views/s ({low:,.0f}-{high:,.0f}), ours {found['ratio'][name]:.2f} x"
+            ours = ", ".join(
+                f"{precision} {found['ratio'][precision][name]:.2f} x" for precision in PRECISIONS
             )
+            print(f"  {name:<22}{median:>9,.0f} views/s ({low:,.0f}-{high:,.0f}), ours in {ours}")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from headsearch.config import TrialConfig
 from headsearch.core import pretrain as pretrain_module
 from headsearch.core.features import build_views
 from headsearch.core.images import ImageSet, load_images
+from headsearch.core.memory import keep_memory
 from headsearch.core.pretrain import pretrain
 from headsearch.core.probe import evaluate
 from headsearch.core.views import Views
@@ -92,6 +93,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=5000)
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
+    keep_memory()  # as workers do; without it, bf16 is no faster
     base = [
         "data.name=folder", f"data.root={given.root.resolve()}", f"data.limit={given.limit}",
         f"training.epochs={given.epochs}", "training.batch_size=128",

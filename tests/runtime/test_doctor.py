@@ -11,6 +11,7 @@ from fake_nvidia import NO_DRIVER, FakeNvidia, gpus
 
 from headsearch import __version__
 from headsearch.cli.app import run
+from headsearch.core import processor
 from headsearch.runtime import doctor
 from headsearch.runtime import gpus as gpus_module
 from headsearch.runtime.doctor import Finding, examine
@@ -27,7 +28,7 @@ def test_a_machine_in_order(headsearch_home: Path, capsys: pytest.CaptureFixture
     findings = examine()
     assert [finding for finding in findings if finding.state == "broken"] == []
     assert __version__ in named(findings, "headsearch")[0].text
-    assert "precision auto" in named(findings, "cpu")[0].text
+    assert "precision auto = fp32 (" in named(findings, "cpu")[0].text
     assert str(headsearch_home) in named(findings, "home")[0].text
     assert "starts by itself" in named(findings, "database")[0].text
     assert not (headsearch_home / "postgres" / "pgdata").exists()
@@ -143,3 +144,17 @@ def test_decoded_data_sets_are_counted(headsearch_home: Path) -> None:
 
     load_images(DataConfig(), home=headsearch_home)
     assert "1 decoded data sets in the cache, 1,797 images" in named(examine(), "data")[0].text
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("avx2", "precision auto = fp32 (no native bf16)"),
+        ("avx512_bf16", "precision auto = fp32 (bf16 may be faster: headsearch bench --precision bf16)"),
+    ],
+)
+def test_a_cpu_that_multiplies_bf16_is_told_of(headsearch_home, tmp_path, monkeypatch, flags, said):
+    monkeypatch.setattr(processor, "CPUINFO", tmp_path / "cpuinfo")
+    processor.CPUINFO.write_text(f"flags\t\t: fpu {flags}\n")
+    [cpu] = named(examine(), "cpu")
+    assert cpu.text.endswith(said)
