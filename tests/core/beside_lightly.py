@@ -15,6 +15,7 @@ when the clock starts as it holds.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import statistics
 import tempfile
@@ -36,12 +37,19 @@ from headsearch.core.encoders import build_encoder
 from headsearch.core.features import Precision, arithmetic, build_views
 from headsearch.core.images import ImageSet, load_images
 from headsearch.core.learner import build_learner
-from headsearch.core.memory import keep_memory
+from headsearch.core.memory import M_MMAP_THRESHOLD, M_TRIM, keep_memory
 from headsearch.core.stages import Stages
 from headsearch.study_file import configured
 
 CPU = torch.device("cpu")
 PRECISIONS: Final[tuple[Precision, ...]] = ("fp32", "bf16")
+
+
+def usual_memory() -> None:
+    """What glibc's thresholds grow to by themselves in a process with large tensors, and no more (man 3 mallopt)."""
+    library = ctypes.CDLL(None)
+    library.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+    library.mallopt(M_TRIM, 64 << 20)
 
 
 class Decoded(Dataset):
@@ -121,18 +129,23 @@ def compare(config: TrialConfig, images: ImageSet, repeats: int, seconds: float)
         ).train
         systems[f"encoder alone, {precision}"] = ours.encoder
     systems["lightly, its example"] = Lightly(config, images, alike=False).train
+
+    def run(name: str, steps: int) -> None:
+        (usual_memory if name == "lightly, its example" else keep_memory)()
+        systems[name](steps)
+
     steps = {}
-    for name, train in systems.items():
-        train(2)
+    for name in systems:
+        run(name, 2)
         began = time.perf_counter()
-        train(4)
+        run(name, 4)
         steps[name] = max(4, round(4 * seconds / (time.perf_counter() - began)))
     speeds: dict[str, list[float]] = {name: [] for name in systems}
     for _ in range(repeats):
-        for name, train in systems.items():
-            time.sleep(0.5)  # loaders fill up, and leave the cores
+        for name in systems:
+            time.sleep(2)  # loaders fill up, four batches each, and leave the cores
             began = time.perf_counter()
-            train(steps[name])
+            run(name, steps[name])
             views = 2 * config.training.batch_size * steps[name]
             speeds[name].append(views / (time.perf_counter() - began))
     return {
@@ -165,7 +178,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    keep_memory()
     for width in given.width or [16]:
         config = configured(
             [
