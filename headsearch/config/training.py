@@ -139,8 +139,8 @@ class TrainingConfig(Config):
     batch_size: int = Field(default=256, ge=2)
     """Images a step (two views each). The last, smaller batch of an epoch is dropped."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of the encoder and head; losses are always fp32. `auto` is bf16 on GPUs and CPUs that multiply it in
-    hardware (compute capability 8.0 on; AVX-512 BF16, AMX), else fp32; each trial records which."""
+    """Of the encoder and head; losses are always fp32. `auto` is bf16 on GPUs that have it, else fp32; each
+    trial records which. `headsearch bench --precision bf16` says what it brings on a CPU."""
     channels_last: bool = True
     """Memory layout of images and convolutions."""
     compile_encoder: Literal["off", "default", "reduce-overhead"] = "off"

@@ -21,7 +21,11 @@ FEATURE_PIXELS: Final = 1 << 20
 def resolve_precision(config: TrainingConfig, device: torch.device) -> Precision:
     """Decide what ``auto`` means on `device`: bf16 on GPUs of compute capability 8.0 on, else fp32.
 
-    ACCURACY
+    Not on CPUs, though two cores with AVX-512 BF16 train small-resnet 1.2 (width 16) to 1.5 (width 32) and
+    resnet18 1.9 times as fast in it (`headsearch bench --precision bf16`): a study's hosts may have unlike
+    CPUs, and a trial that another one adopts is to go on as it began. Nor is it free: over 13 seeds of eight
+    epochs the probe accuracy was 0.46 points lower, with a standard error of 0.28. Without
+    `memory.keep_memory` bf16 is no faster there.
     """
     if config.precision != "auto":
         return config.precision
