@@ -106,6 +106,7 @@ def test_the_options_are_these() -> None:
             "--image-size",
             "--images",
             "--json",
+            "--precision",
             "--probe",
             "--repeats",
             "--seconds",
