@@ -41,7 +41,7 @@ def settings() -> Iterator[dict[str, str]]:
             "HEADSEARCH_IMAGE": f"headsearch-test:{hashlib.sha256(str(ROOT).encode()).hexdigest()[:8]}",
             "HEADSEARCH_BUILD_NETWORK": "host",
             "HEADSEARCH_VERSION": "1.2.3",
-            "HEADSEARCH_REVISION": "0123456789abcdef",
+            "HEADSEARCH_REVISION": "of-the-tests",
             **_bases(),
         }
         if index := os.environ.get("HEADSEARCH_TEST_TORCH_INDEX_URL"):
