@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -95,12 +96,41 @@ _NO_RIGHT, _READ_ONLY = "42501", "25006"
 """PostgreSQL's codes of two refusals."""
 
 
+class _Quiet:
+    """Keeps Optuna's notes out while any thread is inside.
+
+    What is said of warnings is the whole process's, and each `catch_warnings` sets back what it found: where
+    those of two threads overlap, one hears what it asked not to, and the other's end leaves the filter there.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._filters: warnings.catch_warnings[None]
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._filters = warnings.catch_warnings()
+                self._filters.__enter__()
+                warnings.simplefilter("ignore", ExperimentalWarning)
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._filters.__exit__(None, None, None)
+
+
+_quiet = _Quiet()
+
+
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
     """Without Optuna's notes on features it calls experimental; we chose them (DESIGN: group, liar)."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
+    with _quiet:
         yield
 
 
