@@ -1,4 +1,4 @@
-"""Which device a training runs on."""
+"""Which device a training runs on, and what is set there."""
 
 from __future__ import annotations
 
@@ -10,10 +10,18 @@ from headsearch.errors import InputError
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` (CUDA if there is any, else the CPU), ``cpu``, ``cuda`` or ``cuda:1`` as a device.
+    """``auto`` (CUDA if there is any, else the CPU), ``cpu``, ``cuda`` or ``cuda:1`` as a device, configured.
 
-    Raises InputError if the name is none of these or the device is not there.
+    Starts CUDA on it (see `configure_cuda`). Raises InputError if the name is none of these or the device is
+    not there.
     """
+    device = find_device(name)
+    configure_cuda(device)
+    return device
+
+
+def find_device(name: str) -> torch.device:
+    """What `pick_device` returns. Neither starts CUDA nor changes a setting. Raises InputError likewise."""
     if name == "auto":
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     kind, colon, index = name.partition(":")
@@ -26,6 +34,32 @@ def pick_device(name: str) -> torch.device:
         there = ", ".join(["cpu", *(f"cuda:{number}" for number in range(count))])
         raise InputError(f"device: {name} is not there; available: {there}")
     return torch.device("cuda", int(index or 0))
+
+
+def configure_cuda(device: torch.device) -> None:
+    """Make trainings on `device` repeatable; does nothing for a CPU. Each process that trains calls it once.
+
+    Three settings of the process change:
+
+    - `device` becomes the current device, where events, streams and kernels without a device of their own go;
+      else that is ``cuda:0``.
+    - cuDNN takes deterministic algorithms only. Others add up a convolution's weight gradients with atomics,
+      in any order, and a trial that is resumed would differ in its last bits. It does not try out which
+      algorithm is fastest either: the choice may differ from run to run.
+    - fp32 is fp32. By default, cuDNN rounds the inputs of fp32 convolutions to TF32, of 10 bits.
+
+    The last is set by ``allow_tf32``, which all torch releases from 2.6 on have. Where the newer
+    ``fp32_precision`` is set in its place, reading ``allow_tf32`` raises an error, and torch reads it.
+    """
+    if device.type != "cuda":
+        return
+    torch.cuda.set_device(device)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 2.9 asks for the newer names; 2.11 and 2.14 do not
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def cuda_problem() -> str | None:

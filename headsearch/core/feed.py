@@ -14,22 +14,23 @@ from torch import Tensor
 from headsearch.core.images import ImageSet, Split
 
 SHARE: Final = 0.5
-"""Of a GPU's free memory that images may take; the rest is the training's."""
+"""Of a GPU's free memory that the images of all its workers may take; the rest is for their trainings."""
 AHEAD: Final = 2
 """Batches gathered before they are asked for."""
 
 
-def placed(images: ImageSet, device: torch.device, free: int | None = None) -> ImageSet:
-    """Put an image set where trainings on `device` read it: there, if it fits `SHARE` of the free memory.
+def placed(images: ImageSet, device: torch.device, free: int | None = None, *, sharing: int = 1) -> ImageSet:
+    """Put an image set where trainings on `device` read it: there, if it fits its part of the free memory.
 
-    `free` is in bytes, by default what a GPU says of itself. A CPU maps the cache's files into its memory,
-    whatever their size.
+    That is `SHARE`, divided by the workers that share the GPU, `sharing`: they may start at the same moment,
+    and see the same memory free. `free` is in bytes, by default what a GPU says of itself. A CPU maps the
+    cache's files into its memory, whatever their size.
     """
     if device.type == "cuda" and free is None:
         free = torch.cuda.mem_get_info(device)[0]
     splits = (images.train, images.validation, images.test)
     taken = sum(split.images.nbytes for split in splits if split.images.device.type != device.type)
-    return images if free is not None and taken > SHARE * free else images.to(device)
+    return images if free is not None and taken > SHARE / sharing * free else images.to(device)
 
 
 def batches(split: Split, order: Tensor, size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

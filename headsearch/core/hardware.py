@@ -65,13 +65,22 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def software() -> dict[str, str | int]:
-    """What bit-identical results depend on beside the configuration: versions and CPU threads."""
-    return {
+def software(device: torch.device | None = None) -> dict[str, str | int]:
+    """What bit-identical results depend on beside the configuration: versions and CPU threads.
+
+    On a GPU they also depend on its model, on CUDA and on cuDNN (9.10.2 is 91002): kernels are chosen by the
+    number and kind of a model's processors, and add up in another order.
+    """
+    facts: dict[str, str | int] = {
         "torch": torch.__version__,
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
     }
+    if device is not None and device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device)
+        facts["cuda"] = torch.version.cuda or "none"
+        facts["cudnn"] = torch.backends.cudnn.version() or 0
+    return facts
 
 
 def device_label(device: torch.device) -> str:

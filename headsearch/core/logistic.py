@@ -51,17 +51,22 @@ def fit_probe(
     where a feature is constant); the bias is not penalised. scikit-learn's LogisticRegression minimises the
     same at ``C = 1 / (penalty * N)``. Full-batch L-BFGS with strong Wolfe line search in float64, at most
     `iterations`, from `start` or zeros.
+
+    Loss and gradient are computed where the features are. L-BFGS itself works on the CPU: it looks at some
+    twenty numbers an iteration, and at two more for each step that it remembers, up to a hundred. On a GPU,
+    the host would wait for each of them; this way it waits once an evaluation.
     """
     rows = features.double()
     mean, scale = rows.mean(0), rows.std(0, correction=0)
     scale = torch.where(scale > CONSTANT_SPREAD * mean.abs(), scale, 1.0)
     rows = (rows - mean) / scale
-    if start is None:
-        weight, bias = rows.new_zeros(classes, rows.shape[1]), rows.new_zeros(classes)
-    else:
-        weight, bias = start.weight.clone(), start.bias.clone()
+    weight = torch.zeros(classes, rows.shape[1], dtype=rows.dtype)
+    bias = torch.zeros(classes, dtype=rows.dtype)
+    if start is not None:
+        weight.copy_(start.weight)
+        bias.copy_(start.bias)
     optimizer = torch.optim.LBFGS(
-        [weight.requires_grad_(), bias.requires_grad_()],
+        [weight, bias],
         max_iter=iterations,
         max_eval=2 * iterations + 10,
         tolerance_grad=1e-7,
@@ -70,11 +75,12 @@ def fit_probe(
     )
 
     def objective() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(F.linear(rows, weight, bias), labels) + penalty / 2 * weight.square().sum()
-        loss.backward()
-        return loss
+        here = [part.to(rows.device, copy=True).requires_grad_() for part in (weight, bias)]
+        loss = F.cross_entropy(F.linear(rows, *here), labels) + penalty / 2 * here[0].square().sum()
+        of_weight, of_bias = torch.autograd.grad(loss, here)
+        found = torch.cat([of_weight.flatten(), of_bias, loss.detach()[None]]).cpu()  # one read of the device
+        weight.grad, bias.grad = found[: weight.numel()].view_as(weight), found[weight.numel() : -1]
+        return found[-1]
 
-    with torch.enable_grad():
-        optimizer.step(objective)
-    return LinearProbe(mean, scale, weight.detach(), bias.detach())
+    optimizer.step(objective)
+    return LinearProbe(mean, scale, *(part.detach().to(rows.device) for part in (weight, bias)))

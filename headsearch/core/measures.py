@@ -53,7 +53,9 @@ def knn_accuracy(
     votes = similarities.new_zeros(len(features), classes)
     # relative to the nearest one, so that no temperature overflows
     weights = ((similarities - similarities[:, :1]) / temperature).exp()
-    votes.scatter_add_(1, train_labels[nearest], weights)
+    # One neighbour of each row at a time: CUDA adds up several of one class in any order.
+    for voter, weight in zip(train_labels[nearest].split(1, dim=1), weights.split(1, dim=1), strict=True):
+        votes.scatter_add_(1, voter, weight)
     return float((votes.argmax(1) == labels).double().mean())
 
 

@@ -17,6 +17,13 @@ from headsearch.errors import TrialFailure
 CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 """Linux's: writing 5 to the first makes it forget the peak that the second tells (man 5 proc)."""
 
+OUT_OF_MEMORY = re.compile(
+    r"can't allocate memory|[Cc]annot allocate memory|CUDA.* out of memory|_ERROR_OUT_OF_MEMORY"
+    r"|_(?:ALLOC|ALLOCATION)_FAILED"
+)
+"""In errors without a class of their own: of the CPU's allocator and mmap, of the CUDA runtime and driver,
+and of cuBLAS, cuDNN, cuSOLVER, cuFFT and NVRTC, which take memory beside torch's allocator."""
+
 M_TRIM, M_MMAP_THRESHOLD, _INT_MAX = -1, -3, (1 << 31) - 1
 """Of glibc's malloc.h (man 3 mallopt): free memory at the heap's end, and sizes outside it, in bytes."""
 
@@ -28,9 +35,9 @@ def memory_checked() -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError) as error:
         text = str(error).strip() or "host memory"
-        # torch has a class for accelerators; the CPU's allocator raises a bare RuntimeError
-        known = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text
-        if not known:
+        # OutOfMemoryError is of torch's own allocator on accelerators; what else fails has only its words
+        known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not known and not OUT_OF_MEMORY.search(text):
             raise
         raise TrialFailure("out_of_memory", f"out of memory: {text.splitlines()[0]}") from error
 

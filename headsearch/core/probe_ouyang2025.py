@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from headsearch.config import OptimizerConfig, TrialConfig, ViewsConfig
 from headsearch.core.evaluation import Evaluation
-from headsearch.core.features import arithmetic, build_views, extract_features
+from headsearch.core.features import arithmetic, build_views, extract_features, views_dtype
 from headsearch.core.feed import batches
 from headsearch.core.images import ImageSet, Split
 from headsearch.core.optimizers import build_optimizer, learning_rate, set_rate
@@ -85,6 +85,7 @@ def train_offline(
         CROPS,
         images.image_size,
         tuple(part.to(device) for part in images.normalization(config.data.normalization)),  # type: ignore[arg-type]
+        dtype=views_dtype(device, pretrained.precision),
         channels_last=config.training.channels_last,
     )
     encoder = pretrained.encoder.eval()
@@ -94,7 +95,7 @@ def train_offline(
         order = torch.randperm(
             len(split), generator=generator(torch.device("cpu"), config.seed, "offline order", epoch)
         )
-        draws = generator(device, config.seed, "offline views", epoch)
+        draws = crops.stream(config.seed, "offline views", epoch)
         for step, (pixels, labels) in enumerate(batches(split, order[: steps * size], size, device)):
             with torch.no_grad(), arithmetic(device, pretrained.precision):
                 features = encoder(crops(pixels, draws)).float()

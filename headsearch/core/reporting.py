@@ -23,8 +23,9 @@ from headsearch.core.views import Views
 from headsearch.errors import TrialFailure
 
 COLLAPSED_RANK: Final = 1 + 1e-5
-"""Projections of a smaller effective rank point in one direction up to rounding. No larger: ranks are not
-centred, and a sigmoid head with two outputs is at 1.002 after its first epoch, and learns."""
+"""Projections of a smaller effective rank point in one direction up to rounding, which leaves the rank below
+1 + 5e-6. No larger: ranks are not centred, and a sigmoid head with two outputs is at 1.002 after its first
+epoch, and learns."""
 PAIRED_IMAGES: Final = 256
 """Validation images of which two views are drawn for alignment, uniformity and the bounds."""
 
@@ -86,7 +87,7 @@ class Reporter:
         features = extract_features(encoder, self.validation.images, self.views, self.precision)
         outputs, hidden = head_layers(head, features)
         projections = outputs["z"]
-        if not (train.isfinite().all() and projections.isfinite().all()):
+        if not all(rows.isfinite().all() for rows in (train, features, projections)):
             raise TrialFailure("non_finite_loss", f"epoch {epoch}: features or projections are not finite")
         if self.learner.online is not None and not self.learner.online.weight.isfinite().all():
             raise TrialFailure(
@@ -131,8 +132,7 @@ class Reporter:
     def _pairs(self, epoch: int) -> dict[str, float]:
         """Alignment, uniformity, mutual information and bounds, on two views of some validation images."""
         images = self.validation.images[:PAIRED_IMAGES]
-        draws = generator(images.device, self.config.seed, "pairs", epoch)
-        pair = self.views.pair(images, draws)
+        pair = self.views.pair(images, self.views.stream(self.config.seed, "pairs", epoch))
         with arithmetic(images.device, self.precision):
             features = self.learner.encoder(pair).float()
         projections = self.learner.head(features).float()

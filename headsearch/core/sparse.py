@@ -52,8 +52,7 @@ class Selection:
         This is the gradient of `spread` in its table. It goes through the latents in order, so each row of
         the result is written once; embedding_bag's own backward scatters, which takes up to twice as long.
         """
-        order, sources, starts = self._by_latent
-        return F.embedding_bag(sources, rows, starts, per_sample_weights=values.flatten()[order], mode="sum")
+        return self._collect(self._in_order(values), rows)
 
     def collect_and_match(self, values: Tensor, rows: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         """Compute `collect` and, for every kept entry, the product of its row with its latent's.
@@ -64,16 +63,31 @@ class Selection:
         `table` in the order of `indices` takes two (k = 100) to eight times (k = 1,000) as long.
         """
         with torch.enable_grad():
-            values = values.detach().requires_grad_()
-            collected = self.collect(values, rows.detach())
-        (products,) = torch.autograd.grad(collected, values, table.detach())
-        return collected.detach(), products
+            ordered = self._in_order(values.detach()).requires_grad_()
+            collected = self._collect(ordered, rows.detach())
+        (matched,) = torch.autograd.grad(collected, ordered, table.detach())
+        # `order` is a permutation: each product goes to one place. Differentiating through an index would add
+        # them up there instead, for which CUDA sorts all B k places.
+        products = torch.empty_like(matched).index_copy_(0, self._by_latent[0], matched)
+        return collected.detach(), products.view_as(values)
+
+    def _in_order(self, values: Tensor) -> Tensor:
+        """Values (B, k) latent by latent, (B k,)."""
+        return values.flatten().index_select(0, self._by_latent[0])
+
+    def _collect(self, ordered: Tensor, rows: Tensor) -> Tensor:
+        _, sources, starts = self._by_latent
+        return F.embedding_bag(sources, rows, starts, per_sample_weights=ordered, mode="sum")
 
 
 class _Encode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Selection]:
-        chunks = [torch.addmm(bias, chunk, weight.T).topk(k, dim=1) for chunk in rows.split(CHUNK)]
+        # The order decides how the CPU rounds sums of latents. CUDA need not sort B k values for it.
+        ordered = rows.device.type == "cpu"
+        chunks = [
+            torch.addmm(bias, chunk, weight.T).topk(k, dim=1, sorted=ordered) for chunk in rows.split(CHUNK)
+        ]
         kept = torch.cat([values for values, _ in chunks])
         ctx.selection = Selection(torch.cat([indices for _, indices in chunks]), len(weight))
         ctx.save_for_backward(rows, weight)
@@ -110,10 +124,10 @@ class _Decode(torch.autograd.Function):
 
 
 def encode(rows: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Selection]:
-    """Compute ``rows @ weight.T + bias`` and keep the k largest of each row, (B, k), largest first.
+    """Compute ``rows @ weight.T + bias`` and keep the k largest of each row, (B, k).
 
     `rows` is (B, F), `weight` (d, F), `bias` (d,); all three get gradients through what is kept. Among equals
-    it is open which are.
+    it is open which are. On a CPU the largest come first, elsewhere they come in any order.
     """
     kept, selection = _Encode.apply(rows, weight, bias, k)
     return kept, selection

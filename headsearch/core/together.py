@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -18,6 +18,7 @@ from typing import Any, Final, NoReturn
 import torch
 
 from headsearch.config import TrialConfig
+from headsearch.core.device import configure_cuda
 from headsearch.core.features import build_views, resolve_precision
 from headsearch.core.feed import placed
 from headsearch.core.hardware import set_threads
@@ -54,6 +55,8 @@ class Job:
     load: Callable[[], ImageSet]
     device: torch.device
     home: Path
+    sharing: int = 1
+    """Processes whose images share the device's memory."""
 
 
 def train_together(job: Job, counts: Sequence[int], *, repeats: int, seconds: float) -> tuple[Together, ...]:
@@ -66,7 +69,8 @@ def train_together(job: Job, counts: Sequence[int], *, repeats: int, seconds: fl
     ordered = sorted({1, *counts})
     threads = torch.get_num_threads()
     with ExitStack() as stack:
-        crowd = [stack.enter_context(Training(job)) for _ in range(ordered[-1])]
+        each = replace(job, sharing=ordered[-1])
+        crowd = [stack.enter_context(Training(each)) for _ in range(ordered[-1])]
         rounds = [
             {count: _total(crowd[:count], max(1, threads // count), seconds) for count in ordered}
             for _ in range(repeats)
@@ -150,7 +154,8 @@ def _serve(line: Connection, job: Job) -> None:
 
 def _train(line: Connection, job: Job) -> None:
     config, device = job.config, job.device
-    images = placed(job.load(), device)
+    configure_cuda(device)
+    images = placed(job.load(), device, sharing=job.sharing)
     learner = build_learner(config, images, device, job.home)
     views = build_views(config, images, device)
     stages = Stages(learner, images.train, views, resolve_precision(config.training, device))

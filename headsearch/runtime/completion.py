@@ -25,7 +25,7 @@ def completed(spec: StudySpec, pretrained: Pretrained, measured: Evaluation, fin
         facts={
             **{name: value for name, value in vars(measured).items() if name != "details"},
             **measured.details,
-            **software(),
+            **software(next(pretrained.encoder.parameters()).device),
             "measures": pretrained.measures,
             "kept_epoch": pretrained.kept_epoch,
             "head_flops": pretrained.head_flops,

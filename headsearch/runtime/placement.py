@@ -169,12 +169,12 @@ def gpu_places(device: str) -> int:
 
 def check_device(device: str) -> None:
     """Raise InputError or WorldError if a worker with this device would not start."""
-    from headsearch.core.device import cuda_problem, pick_device  # loads torch
+    from headsearch.core.device import cuda_problem, find_device  # loads torch
 
     gpu_slots()
     if not (gpus := candidates(device, _look(device))):
         if device != "auto":
-            pick_device(device)
+            find_device(device)
     elif device != "auto" and (problem := cuda_problem()):
         raise InputError(_unusable(device, problem, gpus[0]))
 

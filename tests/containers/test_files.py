@@ -177,6 +177,27 @@ def test_gpus_are_all_that_the_second_file_adds():
     assert reserved == {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
 
 
+def test_the_image_with_cuda_has_a_c_compiler_and_the_other_stays_slim():
+    """python:X has gcc, the C library's and Python's headers, python:X-slim has not; Triton needs all three."""
+    arguments = yaml.safe_load(COMPOSE_GPU.read_text())["services"]["worker"]["build"]["args"]
+    assert set(arguments) == {"PYTHON_IMAGE", "TORCH_INDEX_URL"}
+    default = dict(VARIABLE.findall(COMPOSE.read_text() + COMPOSE_GPU.read_text()))
+    assert arguments["PYTHON_IMAGE"] == f"${{PYTHON_GPU_IMAGE:-{default['PYTHON_GPU_IMAGE']}}}"
+    assert default["PYTHON_IMAGE"] == f"{default['PYTHON_GPU_IMAGE']}-slim"
+    dockerfile = (DOCKER / "Dockerfile").read_text()
+    assert f"ARG PYTHON_IMAGE={default['PYTHON_IMAGE']}\n" in dockerfile
+    assert "apt-get" not in dockerfile
+
+
+def test_compiled_code_is_kept_where_it_can_be_loaded():
+    """/tmp is a tmpfs, which engines mount noexec; the home is a volume."""
+    dockerfile = (DOCKER / "Dockerfile").read_text()
+    [cache] = re.findall(r"TORCHINDUCTOR_CACHE_DIR=(\S+)", dockerfile)
+    [home] = re.findall(r"HEADSEARCH_HOME=(\S+)", dockerfile)
+    assert Path(cache).is_relative_to(home)
+    assert f"home:{home}" in SERVICES["worker"]["volumes"]
+
+
 def test_the_image_gets_all_that_pyproject_asks_for(tmp_path):
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     script = DOCKER / "requirements.py"

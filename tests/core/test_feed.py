@@ -85,6 +85,30 @@ def test_images_that_do_not_fit_stay_on_the_host():
     assert placed(images, CPU).train.images is images.train.images
 
 
+@pytest.mark.parametrize("workers", [1, 2, 8])
+def test_workers_that_share_a_gpu_share_its_memory(workers):
+    """They may start at the same moment: then each of them sees all of it free."""
+    images = noise(90, 8)
+    taken = sum(part.images.nbytes for part in (images.train, images.validation, images.test))
+    gpu, enough = torch.device("meta"), 2 * workers * taken
+    assert placed(images, gpu, free=enough, sharing=workers).train.images.device == gpu
+    assert placed(images, gpu, free=enough - 1, sharing=workers).train.images.device == CPU
+
+
+def test_streaming_takes_a_few_batches_of_memory_whatever_the_epoch(monkeypatch):
+    made, empty = [], torch.empty
+    counted = SimpleNamespace(
+        **{**vars(torch), "empty": lambda *a, **k: (made.append(empty(*a, **k)), made[-1])[1]}
+    )
+    monkeypatch.setattr(feed, "torch", counted)
+    data, size = split(), 5
+    for epochs in (1, 20):
+        made.clear()
+        for _ in streamed(data, torch.arange(50).repeat(epochs), size, CPU):
+            pass
+        assert sum(buffer.nbytes for buffer in made) == (AHEAD + 1) * size * data.images[0].nbytes
+
+
 @pytest.mark.parametrize(
     "parts",
     [
@@ -108,18 +132,3 @@ def test_a_training_from_the_host_is_the_same_to_the_bit(tmp_path, monkeypatch, 
     assert there[0] == here[0]
     assert_same_weights(there[1], here[1])
     assert there[2] == here[2]
-
-
-@pytest.mark.gpu
-def test_a_gpu_gets_the_rows_in_order_while_it_works():
-    """Buffers are used again while earlier copies and their readers may still wait for the device."""
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    gpu, order = torch.device("cuda"), torch.arange(50).repeat(20)
-    data, load = split(), torch.rand(4096, 4096, device="cuda")
-    taken = []
-    for images, labels in streamed(data, order, 8, gpu):
-        load = (load @ load).clamp_(0, 1)
-        taken.append((images.float() + 0 * load[0, 0], labels))
-    assert torch.equal(torch.cat([labels for _, labels in taken]).cpu(), order)
-    assert torch.equal(torch.cat([images for images, _ in taken]).cpu(), data.images[order].float())

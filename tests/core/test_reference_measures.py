@@ -17,6 +17,7 @@ from references_bottleneck import fresh, knn_votes, single
 from references_bottleneck import knn_accuracy as reference_accuracy
 from references_bottleneck import saturated_units as reference_saturated
 from references_bottleneck import uniformity as reference_uniformity
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from headsearch.core.measures import alignment, dead_units, knn_accuracy, saturated_units, uniformity
 
@@ -185,6 +186,35 @@ def test_accuracy_by_hand():
     axes = tensor([[1.0, 0.0], [0.0, 1.0]])
     got = knn_accuracy(axes, whole([3, 1]), queries, whole([3, 3, 0, 1]), k=1, classes=5)
     assert got == 0.5
+
+
+class Scattered(TorchDispatchMode):
+    """Within: notes what `scatter_add_` is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ == "scatter_add_":
+            sums, _, index, values = args
+            self.calls.append((sums, index, values))
+        return func(*args, **(kwargs or {}))
+
+
+def test_votes_are_added_in_the_neighbours_order_and_never_two_at_a_time():
+    """What one call adds to one place comes in any order on CUDA; the sums are those of a single call on a CPU."""
+    draw = torch.Generator().manual_seed(0)
+    train, queries = (torch.randn(count, 6, generator=draw) for count in (300, 90))
+    train_labels, labels = (torch.randint(4, (count,), generator=draw) for count in (300, 90))
+    with Scattered() as seen:
+        knn_accuracy(train, train_labels, queries, labels, classes=4)
+    indices, weights = ([call[place] for call in seen.calls] for place in (1, 2))
+    assert [tuple(index.shape) for index in indices] == [(90, 1)] * 20
+    at_once = torch.zeros(90, 4, dtype=torch.float64)
+    at_once.scatter_add_(1, torch.cat(indices, 1), torch.cat(weights, 1))
+    assert torch.equal(seen.calls[-1][0], at_once)
+    assert (at_once > 0).sum() > 90  # places that several neighbours voted for, and several places a row
 
 
 def test_accuracy_of_many_queries():

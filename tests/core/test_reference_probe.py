@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from references import cross_entropy
+from remote_device import REMOTE, RemoteDevice
 from sklearn.linear_model import LogisticRegression
 from torch import nn
+from torch.nn import functional as F
 
 from headsearch.config import DataConfig, ProbeConfig, TrialConfig
 from headsearch.core.images import ImageSet, load_images
@@ -85,6 +87,79 @@ def test_shifted_scaled_and_constant_features_change_nothing(digits):
     np.testing.assert_allclose(other.weight[:, :64].numpy(), plain.weight.numpy(), atol=1e-3)
     assert (plain.predict(features) == other.predict(moved)).double().mean() > 0.999
     assert other.weight.isfinite().all()
+
+
+def by_torch_alone(features, labels, classes: int, penalty: float, iterations: int, start=None):
+    """Weight and bias as torch's L-BFGS leaves them, both of them leaves that `backward` fills."""
+    rows = features.double()
+    mean, scale = rows.mean(0), rows.std(0, correction=0)
+    rows = (rows - mean) / torch.where(scale > 1e-6 * mean.abs(), scale, 1.0)
+    weight = rows.new_zeros(classes, rows.shape[1]) if start is None else start[0].detach().clone()
+    bias = rows.new_zeros(classes) if start is None else start[1].detach().clone()
+    optimizer = torch.optim.LBFGS(
+        [weight.requires_grad_(), bias.requires_grad_()],
+        max_iter=iterations,
+        max_eval=2 * iterations + 10,
+        tolerance_grad=1e-7,
+        tolerance_change=1e-12,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(F.linear(rows, weight, bias), labels) + penalty / 2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return weight, bias
+
+
+def test_it_is_torchs_l_bfgs_to_the_bit(digits):
+    """Parameters that are moved and gradients that come as one tensor change no number; warm starts included."""
+    features, labels = digits.train.images.flatten(1).float() / 255, digits.train.labels
+    probe, plain = None, None
+    for penalty in (1e-1, 1e-3, 1e-5):
+        with torch.no_grad():
+            probe = fit_probe(features, labels, 10, penalty=penalty, iterations=40, start=probe)
+        plain = by_torch_alone(features, labels, 10, penalty, 40, plain)
+        assert torch.equal(probe.weight, plain[0])
+        assert torch.equal(probe.bias, plain[1])
+        assert not probe.weight.requires_grad
+
+
+def remote_fit(iterations: int) -> tuple[RemoteDevice, bool]:
+    """A fit of noise, which takes all of its iterations, on a device of its own; whether the result is right."""
+    draw = torch.Generator().manual_seed(0)
+    features = torch.randn(400, 30, generator=draw) @ torch.randn(30, 30, generator=draw).matrix_exp()
+    labels = torch.randint(8, (400,), generator=draw)
+    here = fit_probe(features, labels, 8, penalty=1e-9, iterations=iterations)
+    with RemoteDevice() as device:
+        there = fit_probe(device.put(features), device.put(labels), 8, penalty=1e-9, iterations=iterations)
+    assert {part.device for part in vars(there).values()} == {REMOTE}
+    return device, all(torch.equal(part.held, getattr(here, name)) for name, part in vars(there).items())
+
+
+def test_an_iteration_reads_the_device_once_or_twice_however_many_it_remembers():
+    """Once an evaluation. L-BFGS on the device would read it twice for each earlier step, up to 200 times."""
+    for iterations in (10, 60):
+        device, right = remote_fit(iterations)
+        assert right
+        assert iterations < device.reads <= 2 * iterations
+        assert device.writes <= 2 * device.reads + 2  # weight and bias
+
+
+def test_a_device_apart_sees_reads_and_mixed_operands():
+    """Of the device that the test above counts on."""
+    with RemoteDevice() as device:
+        there = device.put(torch.arange(4.0))
+        assert float(there.sum() + torch.tensor(2.0)) == 8.0
+        assert torch.equal(there.cpu(), torch.arange(4.0))
+        there.add_(torch.ones(4).to(there.device))
+        assert there.held.tolist() == [1, 2, 3, 4]
+        assert (device.reads, device.writes) == (2, 1)
+        with pytest.raises(RuntimeError, match="host and device"):
+            there + torch.ones(4)
 
 
 def pretrained() -> Pretrained:

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from headsearch.core.sparse import TopKAutoencoder, decode, encode
+from headsearch.core.sparse import Selection, TopKAutoencoder, decode, encode
 
 FEATURES, LATENTS, BATCH = 512, 100_000, 512
 NAMES = ["pre_bias", "encoder_weight", "encoder_bias", "decoder_weight", "decoder_bias"]
@@ -166,6 +166,45 @@ def test_repeats_are_bit_identical(k):
     first = run(head, rows, upstream)
     for _ in range(3):
         assert all(torch.equal(a, b) for a, b in zip(first, run(head, rows, upstream), strict=True))
+
+
+def by_index(selection: Selection, values, rows, table):
+    """`collect_and_match` by an index that autograd differentiates: what it was before, and is slow on CUDA."""
+    latents, order = selection.indices.flatten().sort(stable=True)
+    starts = torch.searchsorted(latents, torch.arange(selection.latents))
+    values = values.detach().requires_grad_()
+    collected = F.embedding_bag(
+        order // selection.indices.shape[1],
+        rows,
+        starts,
+        per_sample_weights=values.flatten()[order],
+        mode="sum",
+    )
+    (products,) = torch.autograd.grad(collected, values, table)
+    return collected.detach(), products
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("latents", "k", "rows"), [(64, 7, 12), (3000, 40, 300), (20, 20, 9), (1, 1, 3)])
+def test_products_are_those_of_an_index_to_the_bit(latents, k, rows, dtype):
+    draw = torch.Generator().manual_seed(latents + k)
+    indices = torch.stack([torch.randperm(latents, generator=draw)[:k] for _ in range(rows)])
+    values = torch.randn(rows, k, generator=draw).to(dtype)
+    upstream = torch.randn(rows, 16, generator=draw).to(dtype)
+    upstream[0] = 0
+    table = torch.randn(latents, 16, generator=draw).to(dtype)
+    got = Selection(indices, latents).collect_and_match(values, upstream, table)
+    whole = torch.int32 if dtype == torch.float32 else torch.int64
+    for have, want in zip(got, by_index(Selection(indices, latents), values, upstream, table), strict=True):
+        assert have.shape == want.shape
+        assert torch.equal(have.view(whole), want.view(whole))
+
+
+def test_on_a_cpu_the_largest_come_first():
+    """Their order is that in which a row's latents are added up, and so decides the last bits."""
+    head, rows = seeded(10, 64, 7, 12)
+    kept, _ = encode(rows, head.encoder_weight, head.encoder_bias, 7)
+    assert torch.equal(kept, kept.sort(dim=1, descending=True).values)
 
 
 def test_nothing_in_it_is_listed_as_nondeterministic():
