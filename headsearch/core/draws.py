@@ -15,11 +15,18 @@ ATTEMPTS: Final = 10
 """Draws of a crop before the whole image is taken, as in torchvision's RandomResizedCrop."""
 RATIO: Final = (3 / 4, 4 / 3)
 """Aspect ratios of crops, width over height."""
+LOG_RATIO: Final = (math.log(RATIO[0]), math.log(RATIO[1]))
 SIGMA: Final = (0.1, 2.0)
 """Standard deviations of the blur, in pixels."""
+SOLARIZE_FROM: Final = 128 / 255
+"""Pixels from this value on are inverted by solarisation, PIL's default."""
 NUMBERS: Final = 14 + 4 * ATTEMPTS
 """Uniform numbers of a view: its place, whether it is jittered, three factors, hue, three that order the
 operations, flip, grayscale, blur, sigma, solarisation; then areas, ratios, lefts and tops of its crops."""
+COLUMNS: Final = 17
+"""Parameters of a view as one row of numbers: left, top, width and height of its crop; flip; factors of
+brightness, contrast and saturation; hue; four operations in their order (0 brightness, 1 contrast,
+2 saturation, 3 hue); grayscale, blur, sigma, solarisation. Flags are 0 or 1."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,27 @@ class Draws:
         """Rows from `start` to `stop`."""
         return Draws(**{field.name: getattr(self, field.name)[start:stop] for field in fields(self)})
 
+    def table(self) -> Tensor:
+        """Write the parameters of view v as row v of a float32 table (V, `COLUMNS`)."""
+        place = torch.arange(4, device=self.view.device)
+        hue_at = place.repeat(len(self) // 4)[:, None]
+        others = self.order.gather(1, (place - (place > hue_at).long()).clamp_(max=2))
+        order = torch.where(place == hue_at, 3, others)
+        columns = (
+            self.flip,
+            self.factors,
+            self.hue,
+            order,
+            self.grayscale,
+            self.blur,
+            self.sigma,
+            self.solarize,
+        )
+        rows = [part.float().reshape(len(self), -1) for part in (self.box, *columns)]
+        return torch.empty(len(self), COLUMNS, device=place.device).index_copy_(
+            0, self.view, torch.cat(rows, 1)
+        )
+
 
 class Distribution:
     """What the parameters of views of images of side `image_size` are, given uniform numbers."""
@@ -57,8 +85,9 @@ class Distribution:
     def __init__(self, config: ViewsConfig, image_size: int, device: torch.device) -> None:
         self.config, self.image_size = config, image_size
         half = [config.jitter_strength * x for x in (config.brightness, config.contrast, config.saturation)]
-        self.low = torch.tensor([max(0.0, 1 - x) for x in half], device=device)
-        self.high = torch.tensor([1 + x for x in half], device=device)
+        self._ranges = (*(max(0.0, 1 - x) for x in half), *(1 + x for x in half))
+        self.low = torch.tensor(self._ranges[:3], device=device)
+        self.high = torch.tensor(self._ranges[3:], device=device)
         self.hue = config.hue * config.jitter_strength
         self.blur = _both(config.blur_probability, config.second_blur_probability)
         self.solarize = _both(config.solarize_probability, config.second_solarize_probability)
@@ -88,7 +117,7 @@ class Distribution:
         """Crop boxes (V, 4) from uniform numbers (4, V, attempts), by torchvision's rejection rule."""
         size, least = self.image_size, self.config.crop_scale_min
         area = size * size * (least + uniform[0] * (1 - least))
-        log_ratio = math.log(RATIO[0]) + uniform[1] * (math.log(RATIO[1]) - math.log(RATIO[0]))
+        log_ratio = LOG_RATIO[0] + uniform[1] * (LOG_RATIO[1] - LOG_RATIO[0])
         half = (log_ratio / 2).exp_()
         width, height = (area.sqrt() * half).round_(), (area.sqrt() / half).round_()
         fits = (width > 0) & (width <= size) & (height > 0) & (height <= size)
@@ -102,7 +131,7 @@ class Distribution:
         return torch.where(fits.any(1, keepdim=True), chosen, whole)
 
     def numbers(self) -> tuple[float, ...]:
-        """Everything that `viewkernel.draw_rows` asks of this, in its order."""
+        """Everything that the kernels of `viewkernel` and `cuda_views` ask of this, in their order."""
         config = self.config
         return (
             self.image_size,
@@ -113,8 +142,7 @@ class Distribution:
             config.grayscale_probability,
             *self.blur,
             *self.solarize,
-            *self.low.tolist(),
-            *self.high.tolist(),
+            *self._ranges,
         )
 
 

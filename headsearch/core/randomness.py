@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 
 def derive_seed(seed: int, *purpose: str | int) -> int:
@@ -22,6 +23,37 @@ def derive_seed(seed: int, *purpose: str | int) -> int:
 def generator(device: torch.device, seed: int, *purpose: str | int) -> torch.Generator:
     """Make a generator on `device`, seeded for one purpose."""
     return torch.Generator(device).manual_seed(derive_seed(seed, *purpose))
+
+
+class Philox:
+    """A stream of random numbers whose state is on a GPU, where kernels read it.
+
+    Batch number n of a seed has its own numbers, which depend on nothing else (Philox4x32-10, Salmon et al.
+    2011), so the state is the seed and the number of the next batch. The host only tells the device to count
+    on: nothing waits, and the replays of a CUDA graph go through the batches one after the other.
+    """
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self.at = torch.zeros(2, dtype=torch.int64, device=device)
+        """Seed and number of the next batch, int64 (2,). Always the same memory, which a graph may hold."""
+        self.at[:1].fill_(seed)
+        self._batch = self.at[1:]
+
+    def advance(self) -> None:
+        """Go on to the next batch, on the device."""
+        self._batch.add_(1)
+
+    def get_state(self) -> Tensor:
+        """Copy the state to the CPU, int64 (2,). Waits for the device."""
+        return self.at.cpu().clone()
+
+    def set_state(self, state: Tensor) -> None:
+        """Go on from what `get_state` told. Raises ValueError if `state` is not of this kind."""
+        if state.shape != self.at.shape or state.dtype != self.at.dtype:
+            raise ValueError(
+                f"state of a Philox: {state.dtype} {tuple(state.shape)}, expected torch.int64 (2,)"
+            )
+        self.at.copy_(state)
 
 
 @contextmanager
@@ -45,7 +77,7 @@ def streams(device: torch.device, seed: int, *purpose: str | int) -> Iterator[No
         yield
 
 
-def stream_states(device: torch.device) -> list[torch.Tensor]:
+def stream_states(device: torch.device) -> list[Tensor]:
     """States of the global streams that `streams` seeds, uint8 on the CPU."""
     states = [torch.default_generator.get_state()]
     if device.type == "cuda":
@@ -53,7 +85,7 @@ def stream_states(device: torch.device) -> list[torch.Tensor]:
     return states
 
 
-def set_stream_states(device: torch.device, states: list[torch.Tensor]) -> None:
+def set_stream_states(device: torch.device, states: list[Tensor]) -> None:
     """Take up what `stream_states` told of a device of the same kind."""
     torch.default_generator.set_state(states[0])
     if device.type == "cuda":

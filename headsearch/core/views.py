@@ -1,4 +1,7 @@
-"""Random views of images for contrastive learning, whole batches at a time on the images' device.
+"""Random views of images for contrastive learning, made on the images' device.
+
+CPUs make each view at one go (`viewkernel`), GPUs a batch in one launch (`cuda_views`). Here is what both are
+measured by, whole batches by torch's operations: it runs where neither kernel can be had.
 
 SimCLR's augmentation (Chen et al. 2020, appendix A): random resized crop, horizontal flip, colour jitter,
 grayscale, Gaussian blur; solarisation (Grill et al. 2020, appendix B); then normalisation. Parameters have
@@ -18,13 +21,19 @@ from torch import Generator, Tensor
 from torch.nn import functional
 
 from headsearch.config import ViewsConfig
+from headsearch.core import cuda_views
 from headsearch.core.color import blend_, luma, shift_hue_
-from headsearch.core.draws import NUMBERS, Distribution, Draws
+from headsearch.core.draws import NUMBERS, SOLARIZE_FROM, Distribution, Draws
+from headsearch.core.randomness import Philox, derive_seed
+from headsearch.core.randomness import generator as seeded
 
-SOLARIZE_FROM = 128 / 255
-"""Pixels from this value on are inverted by solarisation, PIL's default."""
 FUSED_ON = ("cpu",)
 """Kinds of device for which each view is made at one go, by `viewkernel`."""
+KERNEL_ON = ("cuda",)
+"""Kinds of device for which a batch of views is made in one launch, by `cuda_views`."""
+
+ViewStream = Generator | Philox
+"""A source of the random numbers of views; `Views.stream` makes the kind that is fastest there."""
 
 _CHUNK_VALUES = {"cpu": 1 << 19, "cuda": 1 << 28}
 """Float values worked on at a time: what a core's cache holds, or a share of a GPU's memory."""
@@ -35,7 +44,8 @@ class Views:
 
     `normalization` is mean and standard deviation per channel, each (3,), in [0, 1] pixel units, on the
     device where the images will be. Views come in `dtype` and, if `channels_last`, in that memory format.
-    All randomness comes from the generator that a call is given, and nothing waits for the device.
+    All randomness comes from the stream that a call is given, and nothing waits for the device. With a
+    `Philox` (see `stream`), `pair` is two launches, which a CUDA graph may capture.
     """
 
     def __init__(
@@ -55,27 +65,39 @@ class Views:
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         mean, std = (part.float().view(1, 3, 1, 1) for part in normalization)
         self._scale, self._shift = 1 / std, -mean / std
-        self._normalizes = bool((mean != 0).any() or (std != 1).any())
         self._jitters = config.jitter_strength > 0 and config.jitter_probability > 0
         self.distribution = Distribution(config, image_size, mean.device)
         self._blurs, self._solarizes = max(self.distribution.blur) > 0, max(self.distribution.solarize) > 0
+        self._kernel = self._load_kernel() if self.device.type in KERNEL_ON else None
 
-    def __call__(self, images: Tensor, generator: Generator) -> Tensor:
+    @property
+    def stream_kind(self) -> str:
+        """Kind of what `stream` gives: ``cpu``, ``cuda`` (whole batches) or ``cuda-philox`` (the kernel).
+
+        States of two kinds have nothing in common, nor have the views that they draw.
+        """
+        return self.device.type if self._kernel is None else "cuda-philox"
+
+    def stream(self, seed: int, *purpose: str | int) -> ViewStream:
+        """Make the source of random numbers for one purpose, such as ``stream(seed, "views", epoch)``."""
+        if self._kernel is None:
+            return seeded(self.device, seed, *purpose)
+        return Philox(derive_seed(seed, *purpose), self.device)
+
+    def __call__(self, images: Tensor, stream: ViewStream) -> Tensor:
         """One view of each of the uint8 images (B, 3, S, S): float (B, 3, S, S)."""
-        return self._make(images, len(images), generator)
+        return self._make(images, len(images), stream)
 
-    def pair(self, images: Tensor, generator: Generator) -> Tensor:
+    def pair(self, images: Tensor, stream: ViewStream) -> Tensor:
         """Two views of each of the uint8 images (B, 3, S, S): float (2B, 3, S, S).
 
-        Image b's views are numbers b and B + b.
+        Image b's views are numbers b and B + b. Raises ValueError for a `Philox` where there is no kernel.
         """
-        return self._make(images, 2 * len(images), generator, firsts=len(images))
+        return self._make(images, 2 * len(images), stream, firsts=len(images))
 
     def plain(self, images: Tensor) -> Tensor:
         """The uint8 images (B, 3, S, S) as they are, normalised: float (B, 3, S, S)."""
-        pixels = images.float().mul_(1 / 255)
-        if self._normalizes:
-            pixels.mul_(self._scale).add_(self._shift)
+        pixels = images.float().mul_(1 / 255).mul_(self._scale).add_(self._shift)
         return pixels.to(self.dtype, memory_format=self.memory_format)
 
     def draw(self, count: int, generator: Generator, firsts: int | None = None) -> Draws:
@@ -90,8 +112,11 @@ class Views:
 
     def apply(self, images: Tensor, draws: Draws) -> Tensor:
         """Views (V, 3, S, S) that `draws` describes, view v of image v mod B."""
-        if self._fused:
-            return self._apply_fused(images, draws)
+        if self._kernel is not None:
+            return self._kernel.apply(images, draws.table())
+        return self._apply_fused(images, draws) if self._fused else self._apply_batched(images, draws)
+
+    def _apply_batched(self, images: Tensor, draws: Draws) -> Tensor:
         out = torch.empty(
             (len(draws), *images.shape[1:]),
             dtype=self.dtype,
@@ -112,8 +137,7 @@ class Views:
             if self._solarizes:
                 inverted = rows.solarize[:, None, None, None] & (pixels >= SOLARIZE_FROM)
                 pixels = torch.where(inverted, 1 - pixels, pixels)
-            if self._normalizes:
-                pixels.mul_(self._scale).add_(self._shift)
+            pixels.mul_(self._scale).add_(self._shift)
             out.index_copy_(0, rows.view, pixels.to(self.dtype))
         return out
 
@@ -134,10 +158,34 @@ class Views:
         )
         return (out.permute(0, 3, 1, 2) if last else out).to(self.dtype)
 
-    def _make(self, images: Tensor, count: int, generator: Generator, firsts: int | None = None) -> Tensor:
+    def _make(self, images: Tensor, count: int, stream: ViewStream, firsts: int | None = None) -> Tensor:
         if not count:
             return self.plain(images)
-        return self.apply(images, self.draw(math.ceil(count / 4) * 4, generator, firsts))[:count]
+        if isinstance(stream, Philox):
+            if self._kernel is None:
+                raise ValueError(
+                    f"views on {self.device} of {self.image_size} pixels have no kernel for a Philox"
+                )
+            return self._kernel.make(images, count, count if firsts is None else firsts, stream)
+        draws = self.draw(math.ceil(count / 4) * 4, stream, firsts)
+        # A generator's views are the same whether the kernel is there or not.
+        return (self._apply_fused if self._fused else self._apply_batched)(images, draws)[:count]
+
+    def _load_kernel(self) -> cuda_views.FusedViews | None:
+        half = kernel_size(self.image_size) // 2 if self._blurs else 0
+        if self.dtype not in cuda_views.DTYPES or not cuda_views.supported(self.image_size, half):
+            return None
+        launcher = cuda_views.load(self.device)
+        if launcher is None:
+            return None
+        return cuda_views.FusedViews(
+            launcher,
+            self.distribution,
+            half,
+            (self._scale, self._shift),
+            dtype=self.dtype,
+            memory_format=self.memory_format,
+        )
 
     def _crop(self, images: Tensor, draws: Draws) -> Tensor:
         """Crop, flip and resize uint8 images (V, 3, S, S) to floats in [0, 1] of the same shape."""
@@ -158,6 +206,8 @@ def prepare(device: torch.device) -> None:
     if device.type in FUSED_ON:
         statistics = torch.zeros(3), torch.ones(3)
         Views(ViewsConfig(), 8, statistics).pair(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), Generator())
+    if device.type in KERNEL_ON:
+        cuda_views.load(device)
 
 
 def kernel_size(image_size: int) -> int:

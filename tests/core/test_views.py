@@ -9,12 +9,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from kernel_on_host import no_waiting
 from scipy import stats
 from torch import Tensor
 from torchvision.transforms import ColorJitter, GaussianBlur, RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 
 from headsearch.config import ViewsConfig
+from headsearch.core import views as views_module
 from headsearch.core.draws import ATTEMPTS, NUMBERS, Distribution, Draws
 from headsearch.core.viewkernel import draw_views
 from headsearch.core.views import Views, kernel_size
@@ -358,23 +360,49 @@ def assert_same_distribution(ours: np.ndarray, theirs: np.ndarray) -> None:
     assert stats.ks_2samp(ours, theirs, method="asymp").pvalue > 1e-3
 
 
-@pytest.mark.gpu
-def test_views_on_a_gpu_never_wait_for_it() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    device = torch.device("cuda")
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, monkeypatch):
+    """A device on which views are made by whole batches. What runs on GPUs so runs in CI, too."""
+    monkeypatch.setattr(views_module, "FUSED_ON", ())
+    monkeypatch.setattr(views_module, "KERNEL_ON", ())
+    return torch.device(request.param)
+
+
+def test_whole_batches_never_wait_for_the_device(device: torch.device) -> None:
     images = random_images(64, 32).to(device)
-    views = Views(ALL, 32, (ZSCORE[0].to(device), ZSCORE[1].to(device)), channels_last=True)
-    stream = torch.Generator(device)
+    views = Views(SECOND, 32, (ZSCORE[0].to(device), ZSCORE[1].to(device)), channels_last=True)
+    stream = views.stream(3, "views")
+    assert views.stream_kind == device.type
+    assert stream.device.type == device.type
     views.pair(images, stream)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting(device):
         made = views.pair(images, stream)
         views.plain(images)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    draws = views.draw(64, stream.manual_seed(1))
-    on_cpu = Draws(**{field.name: getattr(draws, field.name).cpu() for field in dataclasses.fields(draws)})
-    expected = Views(ALL, 32, ZSCORE).apply(images.cpu(), on_cpu)
-    torch.testing.assert_close(views.apply(images, draws).cpu(), expected, rtol=0, atol=2e-3)
     assert torch.isfinite(made).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [8, 32, 33, 96])
+def test_whole_batches_on_any_device_are_the_views_of_the_cpu(
+    device: torch.device, size: int, dtype: torch.dtype
+) -> None:
+    config = ViewsConfig(blur_probability=0.5, grayscale_probability=0.3, solarize_probability=0.3)
+    images, normalization = random_images(16, size), (ZSCORE[0].to(device), ZSCORE[1].to(device))
+    views = Views(config, size, normalization, dtype=dtype, channels_last=True)
+    draws = views.draw(48, torch.Generator(device).manual_seed(1))
+    on_cpu = Draws(**{field.name: getattr(draws, field.name).cpu() for field in dataclasses.fields(draws)})
+    expected = Views(config, size, ZSCORE)._apply_fused(images, on_cpu)
+    made = views.apply(images.to(device), draws).cpu()
+    assert made.dtype == dtype
+    allowed = 1e-3 + (2**-8 * expected.abs() if dtype == torch.bfloat16 else 0.0)
+    differences = (made.float() - expected).abs()
+    # A pixel at the threshold of solarisation may be on either side of it.
+    assert (differences > allowed).float().mean() <= 1e-4
+    assert (differences <= allowed + 0.02).all()
+
+
+def test_plain_images_are_the_same_on_any_device(device: torch.device) -> None:
+    images = random_images(8, 16)
+    views = Views(ALL, 16, (ZSCORE[0].to(device), ZSCORE[1].to(device)), channels_last=True)
+    expected = Views(ALL, 16, ZSCORE).plain(images)
+    torch.testing.assert_close(views.plain(images.to(device)).cpu(), expected, rtol=0, atol=1e-5)
