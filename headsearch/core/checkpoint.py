@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import logging
 import os
 import re
 import shutil
+import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 import psutil
 import torch
+from torch import Tensor
 
 from headsearch.core.memory import memory_checked
 from headsearch.errors import StorageError, TrialFailure
@@ -38,7 +42,13 @@ class Checkpoints(Protocol):
     generation: int
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Keep `state`: tensors, numbers, strings and containers of them. StorageError if that fails."""
+        """Keep `state`: tensors, numbers, strings, and dicts, lists and tuples of them.
+
+        Raises StorageError if that fails.
+        """
+
+    def flush(self) -> None:
+        """Return once every saved state is kept. Raises what keeping it raised."""
 
     def load(self) -> dict[str, Any] | None:
         """Return the newest state that is whole, tensors on the CPU, or None; for who owns the training.
@@ -111,6 +121,9 @@ class CheckpointFolder:
                 path.unlink(missing_ok=True)
         except OSError as error:
             raise StorageError(f"checkpoint in {self.path}: cannot be written ({error.strerror})") from error
+
+    def flush(self) -> None:
+        """Nothing is left to wait for: `save` returns when the file is on the disk."""
 
     def load(self) -> dict[str, Any] | None:
         """Return the newest state that is whole, tensors on the CPU, or None; log what is skipped.
@@ -193,3 +206,138 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class AsyncCheckpoints:
+    """Any `Checkpoints`, written by a thread while the training goes on.
+
+    `save` copies the state on its device and returns. A thread brings the copy to the host, encodes and
+    writes it. At most one state is pending: the next `save` waits for it first. So states keep their order,
+    and there is one copy of the state at most: first on the device, then on the host, beside its encoding.
+
+    An error of the thread is raised by the next call of any method here: StorageError, or TrialFailure if
+    memory ran out. The thread ends with its write, so no thread is left after `flush`.
+    """
+
+    def __init__(self, store: Checkpoints) -> None:
+        self._store = store
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    @property
+    def generation(self) -> int:
+        """That of the store. A new one is set after the write under way, which belongs to the one before."""
+        return self._store.generation
+
+    @generation.setter
+    def generation(self, value: int) -> None:
+        self.flush()
+        self._store.generation = value
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Copy `state` and have the copy written. Raises what the write before raised.
+
+        Does not wait for the device. If there is no memory for the copy, `state` itself is written before
+        this returns, as the store does it.
+        """
+        self.flush()
+        snapshot = Snapshot.of(state)
+        if snapshot is None:
+            with memory_checked():
+                self._store.save(state)
+            return
+        # Not a daemon: the interpreter's exit waits for the write, instead of stopping a thread inside torch.
+        self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint")
+        self._thread.start()
+
+    def flush(self) -> None:
+        """Wait for the write under way. Raises what it raised, once."""
+        if self._thread is not None:
+            if self._thread.ident is not None:  # else it could not be started
+                self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # else this frame and the error keep each other, and what the traceback refers to
+
+    def load(self) -> dict[str, Any] | None:
+        """Return what the store's `load` does, after the write under way."""
+        self.flush()
+        return self._store.load()
+
+    def peek(self) -> dict[str, Any] | None:
+        """Return what the store's `peek` does, after the write under way."""
+        self.flush()
+        return self._store.peek()
+
+    def remove(self) -> None:
+        """Forget all states, also the one under way: a late write would bring the folder back."""
+        try:
+            self.flush()
+        finally:
+            self._store.remove()
+
+    def _write(self, snapshot: Snapshot) -> None:
+        try:
+            with memory_checked():
+                self._store.save(snapshot.on_host())
+        except BaseException as error:  # noqa: BLE001 - raised in the training's thread by `flush`
+            self._error = error
+
+
+class Snapshot:
+    """A copy of a state on the devices where its tensors are, to be brought to the host by another thread."""
+
+    def __init__(self, state: dict[str, Any], ready: dict[torch.device, torch.cuda.Event]) -> None:
+        self._state, self._ready = state, ready
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> Snapshot | None:
+        """Copy `state` as of the work that its devices were given so far; None without memory for it."""
+        devices: set[torch.device] = set()
+
+        def clone(tensor: Tensor) -> Tensor:
+            devices.add(tensor.device)
+            return tensor.detach().clone()
+
+        try:
+            with memory_checked():
+                copies = with_tensors(dict(state), clone)
+        except TrialFailure:
+            return None  # the copies made so far are free only now: the error's traceback refers to them
+        on_gpus = [device for device in devices if device.type == "cuda"]
+        return cls(copies, {each: torch.cuda.current_stream(each).record_event() for each in on_gpus})
+
+    def on_host(self) -> dict[str, Any]:
+        """The state on the CPU, tensors of the CPU as they are. Call it once: it gives the copies away."""
+        # The clones are queued on the training's stream, between the steps before the save and those after.
+        # A copy to the host on that stream would wait for the steps that were queued since, and a new
+        # thread's current stream is the default one, which may well be the training's. So the copies have a
+        # stream of their own. It waits for the event that follows the clones, and for nothing else.
+        # When a clone's last reference goes, the allocator may give its memory to the training's stream at
+        # once. That is safe without `record_stream`: `cpu` returns only when its copy is done.
+        # Host memory is not pinned: to allocate pinned memory keeps streams from running at the same time.
+        state, self._state = self._state, {}
+        with ExitStack() as streams:
+            for device, ready in self._ready.items():
+                side = torch.cuda.Stream(device)
+                side.wait_event(ready)
+                streams.enter_context(torch.cuda.stream(side))
+            found: dict[str, Any] = with_tensors(state, Tensor.cpu)
+        return found
+
+
+def with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`value` in new containers of the same kinds, with `change` of each tensor."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        found = copy.copy(value)  # with its attributes: state_dicts have `_metadata`
+        found.update({key: with_tensors(entry, change) for key, entry in value.items()})
+        return found
+    if isinstance(value, (list, tuple)):
+        return type(value)(with_tensors(entry, change) for entry in value)
+    return value

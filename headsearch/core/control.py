@@ -14,7 +14,7 @@ class Control(Protocol):
         """Hear that the steps of this epoch begin."""
 
     def at_step(self) -> Verdict:
-        """`save` writes a checkpoint in the middle of the epoch, `stop` ends the training after writing one.
+        """`save` has a checkpoint written in the middle of the epoch, `stop` ends the training after one.
 
         What it raises ends the training without a checkpoint.
         """

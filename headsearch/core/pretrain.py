@@ -80,19 +80,47 @@ def pretrain(
 ) -> Generator[EpochReport, None, Pretrained]:
     """Train encoder and head on two views of each training image; yield a report after every epoch.
 
-    A checkpoint is saved before the report of its epoch is yielded: after every epoch, or when `control`
-    says so. With a checkpoint of the same config and images, the reports so far are yielded again,
-    unchanged, and training goes on as if it had never stopped, be it in the middle of an epoch: all
+    States are given to `checkpoints.save` after every epoch, before its report is yielded, or when `control`
+    says so. Where `checkpoints` writes in a thread, the report may come before its checkpoint is on the
+    disk: `checkpoints.flush` waits for it. It is waited for in any case before this generator ends, whatever
+    ends it, or is closed. With a checkpoint of the same config and images, the reports so far are yielded
+    again, unchanged, and training goes on as if it had never stopped, be it in the middle of an epoch: all
     randomness comes from the seed, the epoch and the step. Never reads ``images.test`` and leaves torch's
     global generator as it is.
 
     Raises SpecError if a batch does not fit the training split; TrialFailure if the loss is not finite, the
     representation collapses or memory runs out; StorageError if checkpoint or cache cannot be used;
-    TrainingStopped if `control` says to stop inside an epoch.
+    TrainingStopped if `control` says to stop inside an epoch, once its checkpoint is on the disk.
     """
+    training = _trained(config, images, device, home, checkpoints, control or EveryEpoch())
+    if checkpoints is None:
+        return (yield from training)
+    try:
+        pretrained = yield from training
+    except GeneratorExit:
+        checkpoints.flush()
+        raise
+    except BaseException:
+        try:
+            checkpoints.flush()
+        except Exception as error:  # noqa: BLE001 - what ended the training is what the caller must hear
+            logger.warning("the last checkpoint was not written: %s", error)
+        raise
+    checkpoints.flush()
+    return pretrained
+
+
+def _trained(
+    config: TrialConfig,
+    images: ImageSet,
+    device: torch.device,
+    home: Path,
+    checkpoints: Checkpoints | None,
+    control: Control,
+) -> Generator[EpochReport, None, Pretrained]:
+    """The training itself; a checkpoint may still be being written when it ends."""
     check_steps(config, images)
     precision = resolve_precision(config.training, device)
-    control = control or EveryEpoch()
     with memory_checked():
         learner = build_learner(config, images, device, home)
         views = build_views(config, images, device)
@@ -134,6 +162,8 @@ def pretrain(
             position = tell()
             save(position)
             if verdict == "stop":
+                if checkpoints:
+                    checkpoints.flush()
                 raise TrainingStopped(f"in epoch {len(reports) + 1} after {position.step} steps")
 
     warm = False

@@ -112,6 +112,9 @@ class StoredCheckpoints:
                 self._forget(generation)
                 self._older.discard(generation)
 
+    def flush(self) -> None:
+        """Nothing is left to wait for: `save` returns when the store has the object."""
+
     def load(self) -> dict[str, Any] | None:
         """Return the newest state that is whole, or None; log what is skipped. StorageError if that fails."""
         return self.peek()

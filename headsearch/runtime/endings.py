@@ -81,7 +81,7 @@ class Endings:
         self.ended_here(work)
 
     def ended_here(self, work: Claim) -> None:
-        """Count a trial that has ended, and remove its checkpoints."""
+        """Count a trial that has ended, and remove its checkpoints; no thread may be writing one any more."""
         self.ended += 1
         try:
             self.checkpoints(work).remove()
@@ -125,7 +125,11 @@ class Endings:
         return True
 
     def escape(self, work: Claim, reason: FailureReason | None, what: str) -> None:
-        """Give the trial up from another thread, before this process ends."""
+        """Give the trial up from another thread, before this process ends.
+
+        Does not wait for a checkpoint that is being written: it may hang with the training. Its file is of
+        this attempt, and so older than any of the next one, which goes on from the checkpoint before.
+        """
         self._say(f"trial {work.number}: {what}; this worker ends")
         try:
             if reason is None:

@@ -2,8 +2,9 @@
 
 Training never waits for the database. A report is handed over and stored in the background; when the
 database is away, reports queue in their order and are stored when it is back. They need no file of their own:
-a report is in its trial's checkpoint before it is handed over, or is made again, the same, from the
-checkpoint before, so whoever takes the trial up says what was not stored.
+a report is in its trial's checkpoint, or is made again, the same to the bit, from the checkpoint before, so
+whoever takes the trial up says what was not stored. The checkpoint may be written after the report is stored;
+a report that is made again then is not stored twice.
 """
 
 from __future__ import annotations

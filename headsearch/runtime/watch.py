@@ -67,7 +67,7 @@ class Watch:
         self._epoch_began: float | None = None
         self._step_began: float | None = None
         self.leaving = False
-        """The last checkpoint was written because the trial is about to be given back."""
+        """The last epoch was saved because the trial is about to be given back."""
 
     def at_epoch(self, epoch: int) -> None:
         """Note that its steps begin."""

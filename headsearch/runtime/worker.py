@@ -21,7 +21,7 @@ import torch
 from pydantic import ValidationError
 
 from headsearch.config import TrialConfig
-from headsearch.core.checkpoint import Checkpoints
+from headsearch.core.checkpoint import AsyncCheckpoints
 from headsearch.core.device import pick_device
 from headsearch.core.feed import placed
 from headsearch.core.hardware import device_label, set_threads
@@ -43,7 +43,7 @@ from headsearch.errors import (
 )
 from headsearch.runtime.completion import completed
 from headsearch.runtime.endings import Endings
-from headsearch.runtime.gpulocks import GpuLease
+from headsearch.runtime.gpulocks import GpuLease, gpu_slots
 from headsearch.runtime.keeper import LeaseKeeper
 from headsearch.runtime.lines import first_line, unbreakable
 from headsearch.runtime.patience import patiently
@@ -72,7 +72,7 @@ class Training:
     claim: Claim
     config: TrialConfig
     images: ImageSet
-    checkpoints: Checkpoints
+    checkpoints: AsyncCheckpoints
     reports: Generator[EpochReport, None, Pretrained]
 
 
@@ -216,7 +216,13 @@ class _Worker:
         self.reported = work.epoch
         try:
             training = self._training(work)
-            self._run(training)
+            try:
+                self._run(training)
+            finally:
+                if training is not self.paused:
+                    # Waits for the checkpoint under way: whoever is given the trial next reads it, and where
+                    # the trial ends, the files are removed.
+                    training.reports.close()
         except LeaseLost as error:
             self.say(f"{error}; going on with the next trial")
         except TrainingStopped as stopped:
@@ -267,7 +273,7 @@ class _Worker:
         self.watch.working()
         with memory_checked():
             images = self._load(config)
-        checkpoints = self.ends.checkpoints(work)
+        checkpoints = AsyncCheckpoints(self.ends.checkpoints(work))
         reports = pretrain(
             config,
             images,
@@ -281,7 +287,9 @@ class _Worker:
     def _load(self, config: TrialConfig) -> ImageSet:
         key = config.data.model_copy(update={"normalization": "none"}).model_dump_json()
         if key not in self.images:
-            self.images[key] = placed(load_images(config.data, home=self.session.home), self.device)
+            images = load_images(config.data, home=self.session.home)
+            sharing = gpu_slots() if self.device.type == "cuda" else 1
+            self.images[key] = placed(images, self.device, sharing=sharing)
         return self.images[key]
 
     def _run(self, training: Training) -> None:
@@ -290,6 +298,8 @@ class _Worker:
             self.watch.working()
             try:
                 said = next(training.reports)
+                if said.epoch == work.stop_at or self.watch.leaving:
+                    training.checkpoints.flush()  # others may take the trial up from here on
             except StopIteration as stop:
                 pretrained: Pretrained = stop.value
                 break

@@ -24,7 +24,7 @@ from networks import (
 from headsearch.config import Activation, DataConfig, TrialConfig
 from headsearch.core import objectives
 from headsearch.core.autoencoder import pretrained_embedding
-from headsearch.core.checkpoint import CheckpointFolder
+from headsearch.core.checkpoint import AsyncCheckpoints, CheckpointFolder
 from headsearch.core.images import ImageSet, Split, load_images
 from headsearch.core.pretrain import describe_head
 from headsearch.core.probe import evaluate
@@ -69,7 +69,7 @@ def test_interrupted_anywhere_and_resumed_is_as_if_it_had_not_been(
         head=autoencoder_head(activation="tanh"),
     )
     expected, whole = finish(start(config, IMAGES, tmp_path))
-    checkpoints = CheckpointFolder(tmp_path / "checkpoints")
+    checkpoints = AsyncCheckpoints(CheckpointFolder(tmp_path / "checkpoints"))
     training = start(config, IMAGES, tmp_path, checkpoints)
     before = [next(training) for _ in range(interrupted)]
     training.close()
@@ -85,7 +85,7 @@ def test_interrupted_anywhere_and_resumed_is_as_if_it_had_not_been(
 
 def test_interrupted_at_every_epoch(tmp_path: Path) -> None:
     expected, whole = finish(start(tiny_config(), IMAGES, tmp_path))
-    checkpoints = CheckpointFolder(tmp_path / "checkpoints")
+    checkpoints = AsyncCheckpoints(CheckpointFolder(tmp_path / "checkpoints"))
     for done in range(1, 4):
         training = start(tiny_config(), IMAGES, tmp_path, checkpoints)
         reports = [next(training) for _ in range(done)]
@@ -112,9 +112,17 @@ def test_damaged_checkpoint_costs_an_epoch_and_changes_nothing(
 
 
 def test_checkpoint_is_there_before_its_report(tmp_path: Path) -> None:
-    checkpoints = CheckpointFolder(tmp_path / "checkpoints")
+    """Unless a thread writes it: then after a flush."""
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    for report in start(tiny_config(), IMAGES, tmp_path, folder):
+        state = folder.load()
+        assert state is not None
+        assert state["epoch"] == report.epoch == len(state["reports"])
+    folder.remove()
+    checkpoints = AsyncCheckpoints(folder)
     for report in start(tiny_config(), IMAGES, tmp_path, checkpoints):
-        state = checkpoints.load()
+        checkpoints.flush()
+        state = folder.load()
         assert state is not None
         assert state["epoch"] == report.epoch == len(state["reports"])
 

@@ -10,7 +10,7 @@ import torch
 from networks import CPU, assert_same_weights, finish, start, tiny_config, tiny_images, without_timings
 
 from headsearch.config import TrialConfig
-from headsearch.core.checkpoint import CheckpointFolder
+from headsearch.core.checkpoint import AsyncCheckpoints, CheckpointFolder
 from headsearch.core.control import Verdict
 from headsearch.core.pretrain import pretrain
 from headsearch.errors import TrainingStopped, TrialFailure
@@ -55,7 +55,9 @@ class Scripted:
 
 
 def controlled(config: TrialConfig, home: Path, folder: CheckpointFolder, control: Any) -> Any:
-    return pretrain(config, IMAGES, device=CPU, home=home, checkpoints=folder, control=control)
+    """A training as in a worker, whose checkpoints a thread writes."""
+    checkpoints = AsyncCheckpoints(folder)
+    return pretrain(config, IMAGES, device=CPU, home=home, checkpoints=checkpoints, control=control)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -20,7 +20,7 @@ import torch
 from cable import Cable
 
 from headsearch.config import TrialConfig
-from headsearch.core.checkpoint import Checkpoints, encode
+from headsearch.core.checkpoint import AsyncCheckpoints, Checkpoints, encode
 from headsearch.core.images import load_images
 from headsearch.core.pretrain import pretrain
 from headsearch.errors import InputError, StorageError
@@ -201,7 +201,7 @@ def test_servers_that_know_no_checksums_can_be_used(
 
 def save_for_ever(environment: dict[str, str], generation: int, filler: int) -> None:
     os.environ.update(environment)
-    kept = opened(generation)
+    kept = AsyncCheckpoints(opened(generation))
     kept.load()
     for epoch in range(1, 1_000_000):
         kept.save(state(epoch) | {"filler": torch.zeros(filler)})
@@ -402,6 +402,23 @@ def test_a_store_is_tried_before_a_study_is_made(bucket: Any, tmp_path: Path) ->
         check_store("file:///proc/nowhere")
 
 
+def test_a_server_that_goes_away_is_heard_of_at_the_next_save(
+    bucket: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = AsyncCheckpoints(opened())
+    kept.save(state(1))
+    kept.flush()
+    restart(monkeypatch, AWS_ENDPOINT_URL=f"http://127.0.0.1:{free_port()}")
+    gone = AsyncCheckpoints(opened(2))
+    gone.save(state(2))
+    with pytest.raises(StorageError, match="Could not connect to the endpoint URL"):
+        gone.save(state(3))
+    gone.save(state(4))
+    with pytest.raises(StorageError, match="Could not connect to the endpoint URL"):
+        gone.flush()
+    assert epoch_of(kept.load()) == 1
+
+
 def test_a_shared_folder_keeps_two_states(tmp_path: Path) -> None:
     store = f"file://{tmp_path}/shared%20by%20all"
     for epoch in range(1, 5):
@@ -434,7 +451,7 @@ def reports_of(
     os.environ.update(environment)
     torch.set_num_threads(1)
     images = load_images(config_of().data, home=Path(home))
-    kept = open_checkpoints(Path(home), "fire-01234567", 7, store, generation=generation)
+    kept = AsyncCheckpoints(open_checkpoints(Path(home), "fire-01234567", 7, store, generation=generation))
     found = []
     for said in pretrain(config_of(), images, device=CPU, home=Path(home), checkpoints=kept):
         found.append((said.epoch, said.loss, said.probe_accuracy, said.feature_rank, said.projection_rank))
