@@ -35,9 +35,19 @@ def bench(
     compiled: Annotated[
         list[str] | None,
         typer.Option(
-            "--compile", metavar="MODE", help="Measure with torch.compile too: default or reduce-overhead."
+            "--compile",
+            metavar="MODE",
+            help="Measure with torch.compile too: default, reduce-overhead or max-autotune-no-cudagraphs. "
+            "May be repeated.",
         ),
     ] = None,
+    cuda_graph: Annotated[
+        bool,
+        typer.Option(
+            "--cuda-graph",
+            help="Measure each whole step as one CUDA graph too, beside the encoder as one; on GPUs only.",
+        ),
+    ] = False,
     together: Annotated[
         list[int] | None,
         typer.Option(
@@ -48,10 +58,15 @@ def bench(
         ),
     ] = None,
     image_size: Annotated[int, typer.Option(min=4, max=1024, help="Side of the images of noise.")] = 32,
-    images: Annotated[int, typer.Option(min=2, help="Training images of noise.")] = 5000,
+    images: Annotated[
+        int | None, typer.Option(min=2, help="Training images of noise: 5000 by default, 45000 on a GPU.")
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds, of which the median is taken.")] = 5,
     seconds: Annotated[float, typer.Option(min=0.0, help="Of each part in each round, about.")] = 2.0,
     probe: Annotated[bool, typer.Option(help="Measure the final probe too.")] = True,
+    trial: Annotated[
+        bool, typer.Option("--trial", help="Measure an epoch of a trial too, with its report and checkpoint.")
+    ] = False,
     overrides: Overrides = None,
     device: Device = "auto",
     threads: Threads = None,
@@ -66,6 +81,7 @@ def bench(
     from headsearch.report.benchmark import (
         bench_table,
         compile_lines,
+        graph_lines,
         hardware_line,
         precision_lines,
         reading,
@@ -82,6 +98,7 @@ def bench(
         batches=batch or (),
         precisions=precision or (),
         modes=compiled or (),
+        cuda_graph=cuda_graph,
         image_size=image_size,
         images=images,
         device=device,
@@ -89,6 +106,7 @@ def bench(
         repeats=repeats,
         seconds=seconds,
         probe=probe,
+        trial=trial,
         together=together or (),
         home=home_folder(),
     ):
@@ -98,5 +116,10 @@ def bench(
     if as_json:
         emit({"hardware": hardware_line(results[0]), "results": [one.to_json() for one in results]})
     else:
-        advice = [*precision_lines(results), *compile_lines(results), *together_lines(results)]
+        advice = [
+            *precision_lines(results),
+            *compile_lines(results),
+            *graph_lines(results),
+            *together_lines(results),
+        ]
         emit_lines([hardware_line(results[0]), *bench_table(results).lines(), *advice])

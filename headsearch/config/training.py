@@ -143,10 +143,15 @@ class TrainingConfig(Config):
     trial records which. `headsearch bench --precision bf16` says what it brings on a CPU."""
     channels_last: bool = True
     """Memory layout of images and convolutions."""
-    compile_encoder: Literal["off", "default", "reduce-overhead"] = "off"
-    """torch.compile of the encoder's passes, by mode; `reduce-overhead` is CUDA graphs. Whether it pays on a
-    machine, `headsearch bench --compile` says. A trial begins half a minute later; where compiling fails, the
-    encoder stays as it is."""
+    compile_encoder: Literal["off", "default", "reduce-overhead", "max-autotune-no-cudagraphs"] = "off"
+    """torch.compile of the encoder's passes, by mode; `reduce-overhead` uses CUDA graphs. Whether it pays on
+    a machine, `headsearch bench --compile` says. A trial begins half a minute later; where compiling fails,
+    the encoder stays as it is."""
+    cuda_graph: bool = False
+    """On a GPU, record a whole step (views, both passes, optimizer) once as a CUDA graph and replay it: for
+    encoders so small that the GPU waits for the launches of their kernels. Whether it pays,
+    `headsearch bench --cuda-graph` says. Joint scheme only, without `compile_encoder`; on a CPU, and where
+    the recording fails, steps are made as without it."""
     encode_views: Literal["together", "apart"] = "together"
     """Whether both views of a batch go through encoder and head at once, and share the statistics of batch
     norms (google-research/simclr), or one after the other (solo-learn, lightly)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -13,7 +14,8 @@ from typing import Any, Final
 import torch
 
 from headsearch.config import TrialConfig
-from headsearch.core.checkpoint import CheckpointFolder
+from headsearch.core.checkpoint import AsyncCheckpoints, CheckpointFolder
+from headsearch.core.control import EveryEpoch
 from headsearch.core.encoders import feature_dim
 from headsearch.core.features import Precision, build_views, resolve_precision
 from headsearch.core.hardware import processor
@@ -21,13 +23,38 @@ from headsearch.core.heads import head_facts
 from headsearch.core.images import ImageSet, Split
 from headsearch.core.learner import Learner, build_learner
 from headsearch.core.memory import PeakMemory, memory_checked
-from headsearch.core.pretrain import Pretrained, check_steps
+from headsearch.core.pretrain import Pretrained, check_steps, pretrain
 from headsearch.core.probe import evaluate
 from headsearch.core.reporting import Reporter
 from headsearch.core.stages import Measure, Stages, random_images, seconds_of
 from headsearch.core.together import Together
 
 NOISE_CLASSES: Final = 10
+BARE_STEPS: Final = 50
+"""Of the encoder alone, before and after a whole trial."""
+
+
+@dataclass(frozen=True)
+class WholeTrial:
+    """An epoch of a trial as workers train it, with its report and its checkpoint on the disk.
+
+    `seconds` is all of it; `rest_seconds` what is not its steps. `bare_seconds` is what the encoder alone
+    takes for as many steps, from its speed just before and after.
+    """
+
+    seconds: float
+    rest_seconds: float
+    bare_seconds: float
+
+    @property
+    def share(self) -> float:
+        """How much of the encoder's own speed the trial has."""
+        return self.bare_seconds / self.seconds
+
+    @property
+    def rest_share(self) -> float:
+        """What report and checkpoint take, over the time of the encoder alone."""
+        return self.rest_seconds / self.bare_seconds
 
 
 @dataclass(frozen=True)
@@ -37,7 +64,8 @@ class Benchmark:
     Speeds are views per second. `limit` is that of the encoder's forward and backward alone; `share` is
     `training` over `limit`, each repeat's own ratio. Stages are seconds a step; their sum may miss the step
     by what the parts hide from each other. Report, checkpoint and probe are seconds each, once an epoch, a
-    save and a trial. `epoch_seconds` is that of an epoch over `train_images`, without report and checkpoint.
+    save (which a thread writes while training goes on) and a trial. `epoch_seconds` is that of an epoch over
+    `train_images`, without report and checkpoint.
     """
 
     encoder: str
@@ -47,6 +75,7 @@ class Benchmark:
     precision: Precision
     channels_last: bool
     compiled: str
+    """Mode of torch.compile, "off", or "cuda-graph" where whole steps, and the encoder alone, were graphs."""
     device: str
     model: str
     torch: str
@@ -66,6 +95,8 @@ class Benchmark:
     probe_seconds: float | None
     peak_bytes: int | None
     """Of the process's memory, or on a GPU of what torch took there; what the images take is in it."""
+    trial: WholeTrial | None = None
+    """Where that was asked for."""
     together: tuple[Together, ...] = ()
     """Several trainings at once, where that was asked for."""
 
@@ -83,12 +114,14 @@ def measure(
     repeats: int,
     seconds: float,
     probe: bool,
+    trial: bool = False,
 ) -> Benchmark:
     """Benchmark the training of `config`: `repeats` rounds in which each part is run for about `seconds`.
 
     Whole epochs, the bare encoder and the other parts take turns in each round, so that what else the
-    machine does meets all of them. Raises SpecError if a batch does not fit the training images, and
-    TrialFailure like `pretrain`.
+    machine does meets all of them. `trial` measures a whole epoch of a trial, too.
+
+    Raises SpecError if a batch does not fit the training images, and TrialFailure like `pretrain`.
     """
     check_steps(config, images)
     precision = resolve_precision(config.training, device)
@@ -116,6 +149,14 @@ def measure(
         ]
         store = CheckpointFolder(Path(folder) / "benchmark")
         saving = [seconds_of(lambda: stages.save(store), device) for _ in range(min(repeats, 3))]
+        whole = None
+        if trial:
+            count = len(train) // config.training.batch_size
+            bare = partial(stages.encoder, min(count, BARE_STEPS))
+            before = seconds_of(bare, device)
+            seconds_and_rest = _whole_trial(config, images, device, home, Path(folder) / "trial")
+            each = (before + seconds_of(bare, device)) / 2 / min(count, BARE_STEPS)
+            whole = WholeTrial(*seconds_and_rest, bare_seconds=count * each)
         probing = None
         if probe:
             pretrained = _pretrained(learner, config, precision)
@@ -130,7 +171,7 @@ def measure(
         image_size=images.image_size,
         precision=precision,
         channels_last=config.training.channels_last,
-        compiled=config.training.compile_encoder,
+        compiled="cuda-graph" if learner.graphed is not None else config.training.compile_encoder,
         device=device.type,
         model=processor(device),
         torch=torch.__version__,
@@ -151,7 +192,38 @@ def measure(
         checkpoint_seconds=statistics.median(saving),
         probe_seconds=probing,
         peak_bytes=peak.found,
+        trial=whole,
     )
+
+
+class _Stopwatch(EveryEpoch):
+    """Notes when the steps of each epoch begin and end."""
+
+    def __init__(self) -> None:
+        self.began: list[float] = []
+        self.made: list[float] = []
+
+    def at_epoch(self, epoch: int) -> None:  # noqa: ARG002
+        self.began.append(time.perf_counter())
+
+    def at_report(self, epoch: int) -> None:  # noqa: ARG002
+        self.made.append(time.perf_counter())
+
+
+def _whole_trial(
+    config: TrialConfig, images: ImageSet, device: torch.device, home: Path, folder: Path
+) -> tuple[float, float]:
+    """Seconds of a trial's second epoch, to the last checkpoint, and those beside its steps.
+
+    The first epoch compiles and fills caches, as it does once a worker.
+    """
+    two = config.model_copy(update={"training": config.training.model_copy(update={"epochs": 2})})
+    watch = _Stopwatch()
+    checkpoints = AsyncCheckpoints(CheckpointFolder(folder))
+    for _ in pretrain(two, images, device=device, home=home, checkpoints=checkpoints, control=watch):
+        pass
+    ended = time.perf_counter()
+    return ended - watch.began[1], ended - watch.made[1]
 
 
 def noise(count: int, image_size: int) -> ImageSet:

@@ -23,18 +23,41 @@ class CompiledEncoder:
     """
 
     def __init__(self, encoder: nn.Module, mode: str) -> None:
+        import torch._dynamo
+
+        # torch keeps what it compiled for earlier trials: memory would grow with each trial, and after eight
+        # variants nothing more would be compiled.
+        torch._dynamo.reset()
         self._encoder = encoder
         self._compiled = torch.compile(encoder, mode=mode, dynamic=False)
+        self._tried = False
 
     def __call__(self, images: Tensor) -> Tensor:
         """Features (B, F) of views (B, 3, S, S)."""
+        if not self._tried:
+            self._tried = True
+            self._try(images)
+        features: Tensor = self._compiled(images)
+        return features
+
+    def _try(self, images: Tensor) -> None:
+        """Compile both passes, the backward one too, which is otherwise compiled where nobody looks after it.
+
+        Leaves gradients and batch statistics as they are.
+        """
         from torch._dynamo.exc import TorchDynamoException
 
+        buffers = {name: value.clone() for name, value in self._encoder.named_buffers()}
+        weights = [weight for weight in self._encoder.parameters() if weight.requires_grad]
         try:
-            features: Tensor = self._compiled(images)
+            features = self._compiled(images)
+            if features.requires_grad:
+                torch.autograd.grad(features, weights, torch.zeros_like(features), allow_unused=True)
         except TorchDynamoException as error:
             reason = str(error).strip().splitlines()[0]
             logger.warning("training.compile_encoder: not compiled, %s", reason)
             self._compiled = self._encoder
-            features = self._encoder(images)
-        return features
+        finally:
+            with torch.no_grad():
+                for name, value in self._encoder.named_buffers():
+                    value.copy_(buffers[name])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from headsearch.core.heads import build_head
 from headsearch.core.images import ImageSet
 from headsearch.core.optimizers import build_optimizer
 from headsearch.core.randomness import initialisation
+
+if TYPE_CHECKING:
+    from headsearch.core.graphs import GraphedStep
 
 
 @dataclass
@@ -40,6 +43,8 @@ class Learner:
     """Of the encoder and the online probe, and of the head in the joint scheme."""
     head_optimizer: Optimizer | None
     """Of the head in the alternating scheme."""
+    graphed: GraphedStep | None = None
+    """The step as a CUDA graph, once one was made."""
 
     @property
     def device(self) -> torch.device:

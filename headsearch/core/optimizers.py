@@ -45,7 +45,10 @@ class Lars(Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update of all parameters that have a gradient. Never waits for the device."""
+        """One update of all parameters that have a gradient. Never waits for the device.
+
+        A group's `lr` may be a scalar tensor on the device of its weights.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -64,7 +67,11 @@ class Lars(Optimizer):
                     self.state[weight]["velocity"] = torch.zeros_like(weight)
             velocities = [self.state[weight]["velocity"] for weight in weights]
             torch._foreach_mul_(velocities, group["momentum"])
-            torch._foreach_add_(velocities, updates, alpha=group["lr"])
+            if isinstance(group["lr"], Tensor):
+                torch._foreach_mul_(updates, group["lr"])
+                torch._foreach_add_(velocities, updates)
+            else:
+                torch._foreach_add_(velocities, updates, alpha=group["lr"])
             torch._foreach_sub_(weights, velocities)
         return loss
 
@@ -73,7 +80,8 @@ class Lars(Optimizer):
         weight_norms = torch.stack(torch._foreach_norm(weights))
         norms = torch.stack(torch._foreach_norm(gradients)) + group["weight_decay"] * weight_norms
         rates = group["trust"] * weight_norms / norms
-        if group["clip"] and group["lr"] > 0:
+        if group["clip"] and (isinstance(group["lr"], Tensor) or group["lr"] > 0):
+            # A tensor is not read, which would wait for the device. At 0 the update is 0, whatever the rate.
             rates = (rates / group["lr"]).clamp(max=1.0)
         return list(torch.where((weight_norms > 0) & (norms > 0), rates, 1.0).unbind())
 
@@ -129,6 +137,11 @@ def set_rate(optimizer: Optimizer, rate: float) -> None:
     """Give all groups the rate of this step."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["relative"]
+
+
+def follows_tensor(optimizer: Optimizer) -> bool:
+    """Say whether the learning rates are tensors, which a CUDA graph reads; see `graphs.rates_from`."""
+    return any(isinstance(group["lr"], Tensor) for group in optimizer.param_groups)
 
 
 def learning_rate(

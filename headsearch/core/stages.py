@@ -11,14 +11,16 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from headsearch.core import graphs
 from headsearch.core.checkpoint import CheckpointFolder
-from headsearch.core.epoch import CPU, Batch, train_epoch
+from headsearch.core.epoch import CPU, train_epoch
 from headsearch.core.features import Precision
 from headsearch.core.feed import batches
 from headsearch.core.images import Split
 from headsearch.core.learner import Learner
 from headsearch.core.optimizers import set_rate
 from headsearch.core.randomness import generator
+from headsearch.core.steps import Batch
 from headsearch.core.views import Views
 
 WARM_STEPS: Final = 2
@@ -48,9 +50,10 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     # Events are in the device's own time: the wait for the host to hear of the end is in none of them.
     began_at, ended_at = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
-    began_at.record()
+    stream = torch.cuda.current_stream(device)  # the default is the current device's, which may be another
+    began_at.record(stream)
     call()
-    ended_at.record()
+    ended_at.record(stream)
     ended_at.synchronize()
     return float(began_at.elapsed_time(ended_at)) / 1000
 
@@ -66,17 +69,24 @@ class Stages:
         self.learner, self.views, self.precision, self.train = learner, views, precision, train
         config = learner.config
         self.batch_size = config.training.batch_size
-        self.draws = generator(learner.device, config.seed, "views", 0)
+        self.draws = views.stream(config.seed, "views", 0)
         self.passes = config.scheme.steps_per_batch if config.scheme.kind == "joint" else 1
         with torch.no_grad():
             images, labels = next(self._batches(1))
             pair = views.pair(images, self.draws)
         self.batch = Batch(learner, precision, pair, labels, 0, len(train) // self.batch_size)
         self.epochs = 0
-        self.epoch(WARM_STEPS)
-        self.features = self.batch.features().detach().requires_grad_()
+        self.bare: graphs.CudaGraph | None = None
+        self.epoch(WARM_STEPS + (graphs.WARM_STEPS if config.training.cuda_graph else 0))
+        # Copied: what a compiled encoder returns may be memory that its next call uses again (CUDA graphs).
+        self.features = self.batch.features().detach().clone().requires_grad_()
         self.gradient = torch.full_like(self.features, 1.0 / self.features.numel())
         self.encoder(WARM_STEPS)
+        if learner.graphed is not None:
+            # A recorded training is measured beside a recorded encoder.
+            self.bare = graphs.CudaGraph(learner.device)
+            self.bare.warm(self._pass_encoder)
+            self.bare.record(self._pass_encoder)
 
     def epoch(self, steps: int) -> None:
         """Train as a trial does: whole epochs, and of the last the steps that are left."""
@@ -93,8 +103,16 @@ class Stages:
         """Forward and backward of the encoder alone."""
         self.learner.encoder.train()
         for _ in range(steps * self.passes):
-            self.learner.encoder.zero_grad()
-            self.batch.features().backward(self.gradient)
+            if self.bare is not None:
+                self.bare.replay()
+            else:
+                self._pass_encoder()
+
+    def _pass_encoder(self) -> Tensor:
+        self.learner.encoder.zero_grad()
+        features = self.batch.features()
+        features.backward(self.gradient)
+        return features.detach()
 
     @torch.no_grad()
     def make_views(self, steps: int) -> None:

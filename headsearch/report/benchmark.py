@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from headsearch.core.benchmark import Benchmark
 from headsearch.core.stages import Measure
@@ -69,8 +70,13 @@ def reading(one: Benchmark) -> str:
     save = one.checkpoint_seconds / one.epoch_seconds
     if save > CHECKPOINT_ALLOWANCE:
         line += (
-            f"; a checkpoint takes {save:.1%} of such an epoch: with worker.checkpoint_epochs it is written "
-            "less often"
+            f"; a checkpoint takes {save:.1%} of such an epoch, in a thread beside the training: with "
+            "worker.checkpoint_epochs it is written less often"
+        )
+    if one.trial:
+        line += (
+            f"; a trial's epoch with report and checkpoint has {one.trial.share:.0%} of the encoder's speed, "
+            f"and those two take {one.trial.rest_share:.1%} of the encoder's time"
         )
     return line
 
@@ -82,7 +88,18 @@ def precision_lines(results: Sequence[Benchmark]) -> list[str]:
 
 def compile_lines(results: Sequence[Benchmark]) -> list[str]:
     """What torch.compile brings, for what was measured with and without it."""
-    return _ratios(results, "compiled", "off", "training.compile_encoder")
+    plain = [one for one in results if one.compiled != "cuda-graph"]
+    return _ratios(plain, "compiled", "off", "training.compile_encoder")
+
+
+def graph_lines(results: Sequence[Benchmark]) -> list[str]:
+    """What a CUDA graph brings, for what was measured with and without it."""
+    plain = [
+        replace(one, compiled="true" if one.compiled == "cuda-graph" else one.compiled)
+        for one in results
+        if one.compiled in ("off", "cuda-graph")
+    ]
+    return _ratios(plain, "compiled", "off", "training.cuda_graph")
 
 
 def _ratios(results: Sequence[Benchmark], field: str, usual: str, path: str) -> list[str]:

@@ -10,7 +10,14 @@ import pytest
 from headsearch.cli.app import run
 from headsearch.core.stages import Measure
 from headsearch.core.together import Together
-from headsearch.report.benchmark import bench_table, compile_lines, precision_lines, reading, together_lines
+from headsearch.report.benchmark import (
+    bench_table,
+    compile_lines,
+    graph_lines,
+    precision_lines,
+    reading,
+    together_lines,
+)
 from headsearch.runtime.bench import bench
 
 QUICK = ["bench", "--images", "96", "--image-size", "8", "--repeats", "1", "--seconds", "0"]
@@ -144,6 +151,10 @@ def test_the_reading_names_what_helps(home):
         assert line.endswith(f"training.compile_encoder=default makes training {advice}")
         [line] = precision_lines([replace(other, precision="bf16"), one])
         assert line.endswith(f"training.precision=bf16 makes training {advice}")
+        [line] = graph_lines([one, replace(other, compiled="cuda-graph")])
+        assert line.endswith(f"training.cuda_graph=true makes training {advice}")
+    assert compile_lines([one, replace(one, compiled="cuda-graph")]) == []
+    assert graph_lines([one, replace(one, compiled="default")]) == []
     unlike = replace(one, precision="bf16", compiled="default")
     assert compile_lines([one]) == precision_lines([one]) == []
     assert compile_lines([one, unlike]) == precision_lines([one, unlike]) == []
@@ -156,6 +167,8 @@ def test_the_reading_names_what_helps(home):
         (["--precision", "fp8"], "training.precision"),
         (["--batch", "512"], "batch_size: 512 is more than the 96 training images"),
         (["--set", "nonsense=1"], "nonsense"),
+        (["--compile", "fastest"], "training.compile_encoder"),
+        (["--device", "cpu", "--cuda-graph"], "--cuda-graph: needs a GPU"),
         (["--device", "tpu"], "device: 'tpu' is none of auto, cpu, cuda"),
         (["missing.toml"], "missing.toml"),
     ],

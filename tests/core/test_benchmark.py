@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from networks import CPU, tiny_config, tiny_images
 
+from headsearch.config import TrialConfig
 from headsearch.core import benchmark
 from headsearch.core import stages as stages_module
 from headsearch.core.benchmark import measure, noise
@@ -17,6 +19,7 @@ from headsearch.core.checkpoint import CheckpointFolder
 from headsearch.core.features import build_views
 from headsearch.core.learner import build_learner
 from headsearch.core.memory import PeakMemory
+from headsearch.core.reporting import Reporter
 from headsearch.core.stages import Measure, Stages, seconds_of
 from headsearch.errors import SpecError
 
@@ -132,6 +135,43 @@ def test_everything_is_measured_on_real_parts(tmp_path, tree):
     assert found.report_images == config.probe.report_images + len(images.validation)
     assert found.peak_bytes is None or found.peak_bytes > 1 << 20
     assert list((tmp_path / "checkpoints").iterdir()) == [], "nothing is left on the disk"
+
+
+def test_a_whole_trial_is_timed_from_its_second_epoch_to_its_last_checkpoint(tmp_path, monkeypatch):
+    """Real training, reports and files; a slow disk and a slow report must show in what is not steps."""
+    save, report = CheckpointFolder.save, Reporter.measure
+    monkeypatch.setattr(CheckpointFolder, "save", lambda *given: (time.sleep(0.5), save(*given))[1])
+    monkeypatch.setattr(Reporter, "measure", lambda *given: (time.sleep(0.3), report(*given))[1])
+    found = measure(
+        tiny_config(),
+        tiny_images(),
+        device=CPU,
+        home=tmp_path,
+        repeats=1,
+        seconds=0.0,
+        probe=False,
+        trial=True,
+    ).trial
+    assert 0.8 <= found.rest_seconds <= found.seconds
+    assert found.rest_share == found.rest_seconds / found.bare_seconds
+    assert found.share == found.bare_seconds / found.seconds < 1
+
+
+@pytest.mark.hostile  # not that it is, but it takes minutes
+def test_reports_and_checkpoints_take_at_most_a_twentieth_of_the_encoders_time(tmp_path):
+    """As many images as CIFAR-10 leaves for training; everything measured in one run."""
+    config = TrialConfig.model_validate({"encoder": {"name": "small-resnet"}})
+    found = measure(
+        config,
+        noise(45_000, 32),
+        device=CPU,
+        home=tmp_path,
+        repeats=1,
+        seconds=0.0,
+        probe=False,
+        trial=True,
+    ).trial
+    assert found.rest_share <= 0.05
 
 
 def test_a_batch_that_does_not_fit_is_refused(tmp_path):
