@@ -36,7 +36,7 @@ class Position:
     total: Tensor
     """Sum of their losses, a scalar in fp32 on the device."""
     views: Tensor
-    """State of the generator that draws the views, uint8 on the CPU."""
+    """State of the stream that draws the views, on the CPU: uint8 of a generator, int64 (2,) of a Philox."""
     streams: list[Tensor]
     """States of the global generators that dropout draws from."""
     device: str

@@ -50,7 +50,9 @@ def build(folder: Path, *flags: str, source: str | None = None, output: str = "v
 
 def load_library(path: Path) -> ctypes.CDLL:
     """The driver that `build` made."""
-    return cuda_driver._declared(ctypes.CDLL(str(path)), cuda_driver._DRIVER_FUNCTIONS)
+    loaded = cuda_driver._declared(ctypes.CDLL(str(path)), cuda_driver._DRIVER_FUNCTIONS)
+    loaded.host_stream.restype = ctypes.c_void_p
+    return loaded
 
 
 @lru_cache(maxsize=1)

@@ -6,91 +6,44 @@ Without a GPU its source runs on the host (see `kernel_on_host`); the same tests
 from __future__ import annotations
 
 import ctypes
-import itertools
 import re
-import subprocess
 import threading
-from dataclasses import fields, replace
-from pathlib import Path
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import kernel_on_host as host
-import numpy as np
 import pytest
 import torch
 from kernel_on_host import Machine, Operations
-from scipy import stats
-from test_views import ALL, PLAIN, ZSCORE, assert_same_distribution, generator, random_images
+from kernel_reference import (
+    BLUR,
+    BOX,
+    EVERYTHING,
+    FACTORS,
+    FLIP,
+    GRAYSCALE,
+    HUE,
+    ORDER,
+    SEED,
+    SIGMA_AT,
+    SOLARIZE,
+    assert_close,
+    drawn,
+    from_cpu,
+    on,
+    replace_probability,
+    stream,
+)
+from test_views import ALL, PLAIN, ZSCORE, generator, random_images
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torchvision.transforms import ColorJitter, GaussianBlur, RandomResizedCrop
 
 from headsearch.config import ViewsConfig
 from headsearch.core import cuda_driver, cuda_views, views
 from headsearch.core.cuda_views import Arguments
-from headsearch.core.draws import ATTEMPTS, COLUMNS, LOG_RATIO, NUMBERS, SIGMA, Draws
+from headsearch.core.draws import COLUMNS, Draws
 from headsearch.core.randomness import Philox, derive_seed
 from headsearch.core.views import Views, kernel_size
-
-EVERYTHING = ViewsConfig(
-    blur_probability=0.5, grayscale_probability=0.3, solarize_probability=0.3, jitter_strength=1.0
-)
-SECOND = ViewsConfig(
-    blur_probability=1.0,
-    second_blur_probability=0.1,
-    solarize_probability=0.0,
-    second_solarize_probability=0.2,
-)
-TOLERANCE = 1e-3
-"""Of normalised pixels in float32. With 8 threads or more they differ by 2e-4 at most (4e-5 in [0, 1] at 224 pixels);
-a single thread adds up the mean of an image one by one, which is good to 9e-4."""
-HALF_ULP = 2**-8
-"""Of a bfloat16, at most, relative."""
-BATCH, SEED = 3, 1234567890123456789
-BOX, FLIP, FACTORS, HUE, ORDER = slice(0, 4), 4, slice(5, 8), 8, slice(9, 13)
-GRAYSCALE, BLUR, SIGMA_AT, SOLARIZE = 13, 14, 15, 16
-
-
-def stream(machine: Machine, seed: int = SEED) -> Philox:
-    return Philox(seed, machine.device)
-
-
-def on(device: torch.device, draws: Draws) -> Draws:
-    return Draws(**{field.name: getattr(draws, field.name).to(device) for field in fields(draws)})
-
-
-def from_cpu(
-    images: Tensor, table: Tensor, config: ViewsConfig, normalization: tuple[Tensor, Tensor]
-) -> Tensor:
-    """The views of parameters (V, COLUMNS) as a CPU makes them.
-
-    A row of `Draws` shifts the hue at the place that its number says, so each view is made at each of them.
-    """
-    order = table[:, ORDER].long()
-    hue_at, others = (order == 3).int().argmax(1), order[order != 3].view(-1, 3)
-    rows = torch.arange(len(table)).repeat_interleave(4)
-    draws = Draws(
-        view=torch.arange(len(rows)),
-        box=table[rows, BOX],
-        flip=table[rows, FLIP] == 1,
-        factors=table[rows, FACTORS],
-        order=others[rows],
-        hue=table[rows, HUE],
-        grayscale=table[rows, GRAYSCALE] == 1,
-        blur=table[rows, BLUR] == 1,
-        sigma=table[rows, SIGMA_AT],
-        solarize=table[rows, SOLARIZE] == 1,
-    )
-    made = Views(config, images.shape[-1], normalization)._apply_fused(images[rows % len(images)], draws)
-    return made[4 * torch.arange(len(table)) + hue_at]
-
-
-def assert_close(ours: Tensor, expected: Tensor, *, threshold: float = 0.0) -> None:
-    """Equal up to rounding; a share `threshold` of pixels may be on either side of solarisation's threshold."""
-    ours = ours.cpu()
-    allowed = TOLERANCE + (HALF_ULP * expected.abs() if ours.dtype == torch.bfloat16 else 0.0)
-    beyond = (ours.float() - expected).abs() - allowed
-    assert (beyond > 0).float().mean() <= threshold
-    assert beyond.max() <= (0.02 if threshold else 0)
 
 
 class TestPixels:
@@ -205,229 +158,6 @@ class TestPixels:
         images = random_images(6, 8)[:count].to(machine.device)
         assert ours(images, stream(machine)).shape == (count, 3, 8, 8)
         assert ours.pair(images, stream(machine)).shape == (2 * count, 3, 8, 8)
-
-
-def replace_probability(config: ViewsConfig, **changes: float) -> ViewsConfig:
-    return config.model_copy(update=changes)
-
-
-def drawn(made: Views, source: Philox, count: int, firsts: int | None = None) -> Tensor:
-    """Parameters (V, COLUMNS) of the next views of a stream, on the CPU."""
-    assert made._kernel is not None
-    return made._kernel.draw(count, count if firsts is None else firsts, source).cpu()
-
-
-def numpy_philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
-    """Philox4x32-10 of counters (..., 4), after Salmon et al. 2011, figure 2."""
-    left, right = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
-    low = np.uint64(0xFFFFFFFF)
-    words = [counter[..., i].astype(np.uint64) for i in range(4)]
-    for turn in range(10):
-        keys = [np.uint64((key[i] + turn * (0x9E3779B9, 0xBB67AE85)[i]) % 2**32) for i in range(2)]
-        one, other = words[0] * left, words[2] * right
-        words = [
-            (other >> np.uint64(32)) ^ words[1] ^ keys[0],
-            other & low,
-            (one >> np.uint64(32)) ^ words[3] ^ keys[1],
-            one & low,
-        ]
-    return np.stack(words, -1).astype(np.uint32)
-
-
-def numpy_table(config: ViewsConfig, size: int, seed: int, batch: int, count: int, firsts: int) -> np.ndarray:
-    """Parameters (V, COLUMNS) that the kernel is to draw, in float64."""
-    counter = np.zeros((count, 3 + ATTEMPTS, 4), np.uint64)
-    counter[..., 0] = np.arange(3 + ATTEMPTS)
-    counter[..., 1] = np.arange(count)[:, None]
-    counter[..., 2], counter[..., 3] = batch % 2**32, batch >> 32
-    words = numpy_philox(counter, (seed % 2**32, seed >> 32))
-    uniform = (words >> np.uint32(8)).astype(np.float64) / 2**24
-    table = np.zeros((count, COLUMNS))
-    second = (np.arange(count) >= firsts).astype(int)
-    both = np.array([[config.blur_probability, config.second_blur_probability],
-                     [config.solarize_probability, config.second_solarize_probability]], dtype=object)  # fmt: skip
-    blur, solarize = ([first, first if other is None else other] for first, other in both)
-    strength = np.array([config.brightness, config.contrast, config.saturation]) * config.jitter_strength
-    low, high = np.maximum(0, 1 - strength), 1 + strength
-    jittered = uniform[:, 0, 0] < config.jitter_probability
-    table[:, FACTORS] = np.where(jittered[:, None], low + uniform[:, 0, 1:] * (high - low), 1)
-    table[:, HUE] = np.where(jittered, (2 * uniform[:, 1, 0] - 1) * config.hue * config.jitter_strength, 0)
-    table[:, FLIP] = uniform[:, 1, 1] < config.flip_probability
-    table[:, GRAYSCALE] = uniform[:, 1, 2] < config.grayscale_probability
-    table[:, BLUR] = uniform[:, 2, 0] < np.array(blur)[second]
-    table[:, SIGMA_AT] = SIGMA[0] + uniform[:, 2, 1] * (SIGMA[1] - SIGMA[0])
-    table[:, SOLARIZE] = uniform[:, 2, 2] < np.array(solarize)[second]
-    for row, word in zip(table, words[:, 1, 3].tolist(), strict=True):
-        number, places = word * 24 >> 32, [9, 10, 11, 12]
-        for operation in range(4):
-            left = len(places)
-            row[places.pop(number % left)] = operation
-            number //= left
-        row[BOX] = (0, 0, size, size)
-    for row, parts in zip(table, uniform[:, 3:], strict=True):
-        for part in parts:
-            area = size * size * (config.crop_scale_min + part[0] * (1 - config.crop_scale_min))
-            ratio = np.exp(LOG_RATIO[0] + part[1] * (LOG_RATIO[1] - LOG_RATIO[0]))
-            width, height = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
-            if 0 < width <= size and 0 < height <= size:
-                row[BOX] = (
-                    part[2] * (size - width + 1) // 1,
-                    part[3] * (size - height + 1) // 1,
-                    width,
-                    height,
-                )
-                break
-    return table
-
-
-class TestRandomNumbers:
-    @pytest.mark.parametrize(
-        ("counter", "key", "expected"),
-        [
-            ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
-            ([2**32 - 1] * 4, [2**32 - 1] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
-            (
-                [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
-                [0xA4093822, 0x299F31D0],
-                [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
-            ),
-        ],
-        ids=["zeros", "ones", "pi"],
-    )
-    def test_philox_gives_the_known_answers_of_random123(
-        self, counter: list[int], key: list[int], expected: list[int]
-    ) -> None:
-        words = (ctypes.c_uint * 4)(*counter)
-        host.library().host_philox(words, *map(ctypes.c_uint, key))
-        assert list(words) == expected
-        assert numpy_philox(np.array(counter), tuple(key)).tolist() == expected
-
-    @pytest.mark.parametrize("config", [EVERYTHING, SECOND, ViewsConfig(crop_scale_min=1.0)])
-    def test_parameters_are_those_that_numpy_draws(self, machine: Machine, config: ViewsConfig) -> None:
-        source, count, firsts, batch = stream(machine), 1000, 400, 2**32 + 17
-        source.set_state(torch.tensor([SEED, batch]))
-        ours = drawn(machine.views(config, 32, normalization=PLAIN), source, count, firsts).double().numpy()
-        theirs = numpy_table(config, 32, SEED, batch, count, firsts)
-        # A side or corner between two pixels may be rounded to either.
-        assert (ours[:, BOX] != theirs[:, BOX]).any(1).sum() <= 2
-        np.testing.assert_allclose(ours[:, 4:], theirs[:, 4:], rtol=0, atol=3e-7)
-
-    def test_seeds_batches_and_views_have_numbers_of_their_own(self, machine: Machine) -> None:
-        ours = machine.views(EVERYTHING, 32, normalization=PLAIN)
-        source = stream(machine)
-        tables = [drawn(ours, source, 100) for _ in range(3)]
-        tables += [drawn(ours, stream(machine, seed), 100) for seed in (SEED + 1, SEED + 2**32, 0)]
-        sigmas = torch.cat(tables)[:, SIGMA_AT]
-        assert len(sigmas.unique()) > 0.999 * len(sigmas)
-        assert torch.equal(drawn(ours, stream(machine), 100), tables[0])
-
-    def test_a_view_does_not_depend_on_how_many_there_are(self, machine: Machine) -> None:
-        ours = machine.views(EVERYTHING, 16, normalization=PLAIN)
-        images = random_images(40, 16).to(machine.device)
-        few, many = (ours(images[:count], stream(machine)) for count in (7, 40))
-        assert torch.equal(few, many[:7])
-        assert torch.equal(many, ours(images, stream(machine)))
-
-    def test_a_state_goes_on_where_it_was_taken(self, machine: Machine) -> None:
-        ours = machine.views(ALL, 16, normalization=PLAIN)
-        images, source = random_images(10, 16).to(machine.device), stream(machine)
-        ours.pair(images, source)
-        state, address = source.get_state(), source.at.data_ptr()
-        assert state.tolist() == [SEED, 1]
-        assert state.device.type == "cpu"
-        following = [ours.pair(images, source) for _ in range(2)]
-        assert state.tolist() == [SEED, 1]
-        source.set_state(state)
-        assert source.at.data_ptr() == address
-        assert all(torch.equal(ours.pair(images, source), views) for views in following)
-        other = stream(machine, 5)
-        other.set_state(state)
-        assert torch.equal(ours.pair(images, other), following[0])
-        for wrong in (state.int(), torch.zeros(3, dtype=torch.int64), torch.Generator().get_state()):
-            with pytest.raises(ValueError, match="state of a Philox"):
-                source.set_state(wrong)
-
-    def test_a_stream_is_seeded_for_its_purpose(self, machine: Machine) -> None:
-        ours = machine.views(ALL, 16, normalization=PLAIN)
-        source = ours.stream(3, "views", 7)
-        assert isinstance(source, Philox)
-        assert source.get_state().tolist() == [derive_seed(3, "views", 7), 0]
-
-
-class TestDistributions:
-    count = 20_000
-
-    def test_crops_are_distributed_as_torchvisions(self, machine: Machine) -> None:
-        ours = machine.views(ViewsConfig(crop_scale_min=0.08), 32, normalization=PLAIN)
-        # In fp64, or equal ratios of sides would be told apart by their rounding.
-        left, top, width, height = drawn(ours, stream(machine), self.count)[:, BOX].double().T.numpy()
-        torch.manual_seed(0)
-        image = torch.empty(3, 32, 32)
-        theirs = np.array(
-            [RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(self.count)]
-        )  # top, left, height, width
-        for ours_one, other in ((top, 0), (left, 1), (height, 2), (width, 3)):
-            assert_same_distribution(ours_one, theirs[:, other])
-        assert_same_distribution(width * height, theirs[:, 2] * theirs[:, 3])
-        assert_same_distribution(width / height, theirs[:, 3] / theirs[:, 2])
-        assert (left + width).max() <= 32
-        assert (top + height).max() <= 32
-        assert min(left.min(), top.min()) >= 0
-
-    def test_jitter_is_distributed_as_torchvisions(self, machine: Machine) -> None:
-        config = ViewsConfig(jitter_strength=0.5, jitter_probability=1.0)
-        table = drawn(machine.views(config, 32, normalization=PLAIN), stream(machine), self.count).numpy()
-        torch.manual_seed(0)
-        jitter = ColorJitter(0.4, 0.4, 0.4, 0.1)
-        theirs = [
-            jitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
-            for _ in range(self.count)
-        ]
-        for column in range(4):
-            assert_same_distribution(table[:, 5 + column], np.array([draw[1 + column] for draw in theirs]))
-        ours = [tuple(order) for order in table[:, ORDER].astype(int).tolist()]
-        orders = list(itertools.permutations(range(4)))
-        counts = [[ours.count(order) for order in orders]]
-        counts.append([[tuple(draw[0].tolist()) for draw in theirs].count(order) for order in orders])
-        assert min(counts[0]) > 0
-        assert stats.chisquare(counts[0]).pvalue > 1e-3
-        assert stats.chi2_contingency(counts).pvalue > 1e-3
-
-    def test_sigma_is_distributed_as_torchvisions(self, machine: Machine) -> None:
-        sigma = drawn(machine.views(ALL, 32, normalization=PLAIN), stream(machine), self.count)[:, SIGMA_AT]
-        torch.manual_seed(0)
-        theirs = np.array([GaussianBlur.get_params(0.1, 2.0) for _ in range(self.count)])
-        assert_same_distribution(sigma.numpy(), theirs)
-
-    def test_probabilities_of_first_and_second_views(self, machine: Machine) -> None:
-        config = ViewsConfig(
-            flip_probability=0.3, grayscale_probability=0.1, jitter_probability=0.8,
-            blur_probability=0.9, second_blur_probability=0.2, solarize_probability=0.05, second_solarize_probability=0.4,
-        )  # fmt: skip
-        half = self.count // 2
-        table = drawn(
-            machine.views(config, 32, normalization=PLAIN), stream(machine), self.count, firsts=half
-        )
-        kept = (table[:, FACTORS] == 1).all(1)
-        assert torch.equal(kept, table[:, HUE] == 0)
-        for flags, first, second in (
-            (table[:, FLIP], 0.3, 0.3),
-            (table[:, GRAYSCALE], 0.1, 0.1),
-            (~kept, 0.8, 0.8),
-            (table[:, BLUR], 0.9, 0.2),
-            (table[:, SOLARIZE], 0.05, 0.4),
-        ):
-            for part, probability in zip(flags.split(half), (first, second), strict=True):
-                assert stats.binomtest(int(part.sum()), half, probability).pvalue > 1e-4
-
-    def test_parameters_do_not_depend_on_each_other(self, machine: Machine) -> None:
-        config = ViewsConfig(jitter_probability=1.0, blur_probability=0.5, solarize_probability=0.5)
-        table = drawn(machine.views(config, 32, normalization=PLAIN), stream(machine), self.count).numpy()
-        columns = [0, 1, FLIP, 5, 6, 7, HUE, 9, GRAYSCALE, BLUR, SIGMA_AT, SOLARIZE]
-        correlations = np.corrcoef(table[:, columns].T) - np.eye(len(columns))
-        # Left and top are drawn in what the size of the crop leaves: both are small for large crops.
-        correlations[0, 1] = correlations[1, 0] = 0
-        assert np.abs(correlations).max() < 4.5 / np.sqrt(self.count)
 
 
 class TestLaunches:
@@ -559,6 +289,22 @@ class TestLaunches:
         thread.start()
         thread.join()
         assert torch.equal(made[0], ours.pair(images, stream(machine)))
+
+    def test_a_launch_goes_to_the_current_stream_of_the_kernels_device(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        machine, entered = host.install(monkeypatch), []
+        handles = {torch.device("cpu", 0): 0x7F00_0000_1234}
+
+        def on_device(device: torch.device) -> AbstractContextManager[None]:
+            entered.append(device)
+            return nullcontext()
+
+        monkeypatch.setattr(cuda_driver, "on_device", on_device)
+        monkeypatch.setattr(cuda_driver, "current_stream", handles.__getitem__)
+        drawn(machine.views(ALL, 8, normalization=PLAIN), stream(machine), 4)
+        assert entered == [torch.device("cpu", 0)]
+        assert host.library().host_stream() == 0x7F00_0000_1234
 
     def test_what_the_driver_refuses_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
         machine = host.install(monkeypatch)
@@ -720,51 +466,3 @@ def test_on_cpus_streams_are_torchs_generators() -> None:
     expected = torch.Generator().manual_seed(derive_seed(1, "views", 2))
     assert torch.equal(ours.draw(8, source).box, ours.draw(8, expected).box)
     assert torch.rand(1, generator=source).equal(torch.rand(1, generator=expected))
-    assert NUMBERS > 0
-
-
-class TestThreads:
-    """The host's threads stand for a block's; see `views_on_host.cpp`."""
-
-    @pytest.mark.parametrize("shared", [host.SHARED_PER_BLOCK, 8_000], ids=["shared", "scratch"])
-    @pytest.mark.parametrize("order", [host.FREE, host.ASCENDING, host.DESCENDING])
-    @pytest.mark.parametrize("threads", [1, 2, 8])
-    def test_any_number_of_threads_makes_the_same_views(
-        self, monkeypatch: pytest.MonkeyPatch, threads: int, order: int, shared: int
-    ) -> None:
-        assert_right_views(host.install(monkeypatch, threads=threads, order=order, shared=shared))
-        _, blocks, _, dynamic = host.launched(host.library())
-        assert (blocks, dynamic) == ((4, 0) if shared < host.SHARED_PER_BLOCK else (20, 4 * 4 * 24 * 24))
-
-    @pytest.mark.slow
-    @pytest.mark.parametrize("number", range(9))
-    def test_a_missing_barrier_shows(self, tmp_path: Path, number: int) -> None:
-        parts = cuda_views.source().split("__syncthreads();")
-        assert len(parts) == 10
-        parts[number : number + 2] = [parts[number] + parts[number + 1]]
-        broken = "__syncthreads();".join(parts)
-        program = host.build(tmp_path, "-fsanitize=thread", "-g", "-DPROGRAM", source=broken)
-        done = subprocess.run([program], capture_output=True, text=True, check=False, timeout=100)
-        # A race, or threads that read different parameters and so wait at different barriers.
-        assert done.returncode != 0
-        assert "ThreadSanitizer" in done.stderr or "never came" in done.stderr
-
-    @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
-    def test_sanitizers_find_nothing(self, tmp_path: Path, sanitizer: str) -> None:
-        flags = (f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-g", "-DPROGRAM")
-        done = subprocess.run([host.build(tmp_path, *flags)], capture_output=True, text=True, check=False)
-        if "unexpected memory mapping" in done.stderr:
-            pytest.skip("this kernel lays out memory as the sanitizer cannot bear")
-        assert done.returncode == 0, done.stdout + done.stderr
-
-
-def assert_right_views(machine: Machine) -> None:
-    """Compare views of all kinds with the CPU's, of more views than the host's GPU has blocks of scratch."""
-    images = random_images(10, 24)
-    ours = machine.views(EVERYTHING, 24, normalization=PLAIN)
-    table = drawn(ours, stream(machine), 20, firsts=10)
-    expected = numpy_table(EVERYTHING, 24, SEED, 0, 20, 10)
-    np.testing.assert_allclose(table.numpy(), expected, rtol=0, atol=3e-7)
-    made = from_cpu(images, table, EVERYTHING, PLAIN)
-    assert_close(ours.pair(images, stream(machine)), made, threshold=1e-4)
-    assert_close(ours._kernel.apply(images, table), made, threshold=1e-4)

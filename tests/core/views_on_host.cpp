@@ -87,6 +87,7 @@ using std::min;
 static struct {
     int threads = 1, order = FREE, shared_per_block = 232448, launches = 0;
     unsigned int blocks = 0, block_threads = 0, shared = 0;
+    void* stream = nullptr;
 } host;
 
 static void run(const Arguments& arguments, unsigned int blocks, unsigned int shared)
@@ -213,9 +214,10 @@ int cuLaunchKernel(
 {
     if (!context) return INVALID_CONTEXT;
     if (function != &function_handle || !blocks || y != 1 || z != 1 || !threads || threads > MOST_THREADS
-        || threads & (threads - 1) || down != 1 || deep != 1 || (int)shared > shared_limit || stream || extra)
+        || threads & (threads - 1) || down != 1 || deep != 1 || (int)shared > shared_limit || extra)
         return INVALID_VALUE;
-    host.blocks = blocks, host.block_threads = threads, host.shared = shared, ++host.launches;
+    host.blocks = blocks, host.block_threads = threads, host.shared = shared, host.stream = stream;
+    ++host.launches;
     run(*(const Arguments*)values[0], blocks, shared);
     return SUCCESS;
 }
@@ -229,6 +231,7 @@ void host_last(unsigned int* launch)
 {
     launch[0] = host.launches, launch[1] = host.blocks, launch[2] = host.block_threads, launch[3] = host.shared;
 }
+void* host_stream() { return host.stream; }
 int host_sizes(int which) { return which ? COLUMNS : (int)sizeof(Arguments); }
 void host_philox(unsigned int* counter, unsigned int key0, unsigned int key1) { philox(counter, key0, key1); }
 }
