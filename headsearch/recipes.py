@@ -190,6 +190,28 @@ RECIPES: Mapping[str, Recipe] = {
             "training": {"batch_size": 128, "encode_views": "apart"},
         },
     ),
+    "dkobak-cifar10": Recipe(
+        "dkobak/simclr-cifar10",
+        100,
+        "ResNet-18, SGD, half jitter, little grayscale, no blur; its rate for 100 epochs, 0.03 for 1,000",
+        {
+            "views": {**_HALF_VIEWS, "crop_scale_min": 0.2, "grayscale_probability": 0.1},
+            "encoder": {"name": "resnet18", "stem": "cifar"},
+            "head": {"kind": "mlp", "depth": 2, "width": 1024, "projection_dim": 128},
+            "objective": {"kind": "nt-xent", "temperature": 0.5, "scale": 1.0},
+            "optimizer": {
+                "name": "sgd",
+                "learning_rate": 0.06,
+                "momentum": 0.9,
+                "weight_decay": 5e-4,
+                "decay_all": True,
+                "warmup_epochs": 0.0,
+                "final_learning_rate_ratio": 0.0,
+                "schedule": "epoch",
+            },
+            "training": {"batch_size": 512, "encode_views": "apart"},
+        },
+    ),
 }
 
 

@@ -5,9 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from pydantic import ValidationError
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from headsearch.config import AlternatingScheme, BarlowTwinsObjective, MlpHead, NoHead, TrialConfig
+from headsearch.core.benchmark import noise
+from headsearch.core.learner import build_learner
+from headsearch.core.optimizers import learning_rate
+from headsearch.core.steps import STEPS, Batch
 from headsearch.errors import SpecError
 from headsearch.recipes import RECIPES
 from headsearch.spec import StudySpec
@@ -148,3 +155,98 @@ def test_presets_do_not_leak_into_each_other() -> None:
     with pytest.raises(ValidationError):
         config(system="none", head={"projection_dim": 3})
     assert config(system="none").head == NoHead()
+
+
+PUBLISHED_EPOCHS = 100
+
+
+def dkobak(**parts: object) -> TrialConfig:
+    return config(recipe="dkobak-cifar10", **{"training": {"epochs": PUBLISHED_EPOCHS}, **parts})
+
+
+def test_dkobaks_recipe_has_the_published_views_head_and_loss() -> None:
+    """Its README and simclr-cifar10.py (July 2025): ColorJitter(0.4, 0.4, 0.4, 0.1), and no normalisation."""
+    made = dkobak()
+    views = made.views
+    ranges = [views.brightness, views.contrast, views.saturation, views.hue]
+    assert [views.jitter_strength * part for part in ranges] == [0.4, 0.4, 0.4, 0.1]
+    assert (views.crop_scale_min, views.flip_probability) == (0.2, 0.5)
+    assert (views.jitter_probability, views.grayscale_probability) == (0.8, 0.1)
+    assert (views.blur_probability, views.solarize_probability) == (0, 0)
+    assert made.data.normalization == "none"
+    assert made.head == MlpHead(width=1024, projection_dim=128)
+    assert (made.objective.kind, made.objective.temperature, made.objective.scale) == ("nt-xent", 0.5, 1)  # type: ignore[union-attr]
+    assert (made.training.batch_size, made.training.encode_views) == (512, "apart")
+
+
+def test_dkobaks_learning_rate_is_torchs_cosine_by_epoch() -> None:
+    """CosineAnnealingLR with T_max = epochs, stepped once an epoch, from 0.06 x 512 / 256."""
+    made, steps = dkobak(), 97
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.06 * 512 / 256)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=PUBLISHED_EPOCHS)
+    for epoch in range(PUBLISHED_EPOCHS):
+        expected = optimizer.param_groups[0]["lr"]
+        for step in (0, steps - 1):
+            rate = learning_rate(
+                made.optimizer,
+                step=epoch * steps + step,
+                steps_per_epoch=steps,
+                epochs=PUBLISHED_EPOCHS,
+                batch_size=made.training.batch_size,
+            )
+            assert rate == pytest.approx(expected, rel=1e-9)
+        optimizer.step()
+        schedule.step()
+
+
+class PlainSimClr(nn.Module):
+    """torchvision's ResNet-18 with the stem for small images, and a head, as the published code builds them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from torchvision.models import resnet18
+
+        self.network = resnet18(weights=None)
+        self.network.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
+        self.network.maxpool = nn.Identity()
+        self.network.fc = nn.Identity()
+        self.head = nn.Sequential(nn.Linear(512, 1024), nn.ReLU(), nn.Linear(1024, 128))
+
+    def forward(self, views: Tensor) -> Tensor:
+        projections: Tensor = self.head(self.network(views))
+        return projections
+
+
+def test_dkobaks_steps_are_plain_torchs(tmp_path: Path) -> None:
+    """Three steps in two epochs from the same weights on the same views, beside the published loop in plain torch."""
+    size, images = 16, noise(32, 32)
+    made = dkobak(training={"epochs": 4, "batch_size": size, "channels_last": False, "precision": "fp32"})
+    learner = build_learner(made, images, torch.device("cpu"), tmp_path)
+    plain = PlainSimClr()
+    plain.network.load_state_dict(
+        {name.removeprefix("network."): value for name, value in learner.encoder.state_dict().items()}
+    )
+    plain.head.load_state_dict(learner.head.state_dict())
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.06 * size / 256, momentum=0.9, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=4)
+    learner.encoder.train()
+    learner.head.train()
+    draws = torch.Generator().manual_seed(0)
+    for number in range(3):
+        pair = torch.rand(2 * size, 3, 32, 32, generator=draws)
+        ours = STEPS["joint"](Batch(learner, "fp32", pair, images.train.labels[:size], number, 2))
+        rows = F.normalize(torch.cat([plain(view) for view in pair.chunk(2)]))
+        similar = (rows @ rows.T / 0.5).fill_diagonal_(-torch.inf)
+        theirs = F.cross_entropy(similar, torch.arange(2 * size).roll(size))
+        optimizer.zero_grad()
+        theirs.backward()
+        optimizer.step()
+        torch.testing.assert_close(ours, theirs.detach(), rtol=1e-5, atol=1e-5)
+        if number == 1:
+            schedule.step()
+    for name, value in plain.network.state_dict().items():
+        torch.testing.assert_close(
+            learner.encoder.state_dict()[f"network.{name}"], value, rtol=1e-4, atol=1e-5, msg=name
+        )
+    for name, value in plain.head.state_dict().items():
+        torch.testing.assert_close(learner.head.state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name)

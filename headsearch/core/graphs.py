@@ -79,6 +79,11 @@ class GraphedStep:
         groups = learner.optimizer.param_groups
         self._rates = [torch.zeros((), device=learner.device) for _ in groups]
 
+    @property
+    def recorded(self) -> bool:
+        """Whether steps come from the graph by now."""
+        return self._images is not None
+
     def __call__(self, images: Tensor, labels: Tensor, number: int, steps: int) -> Tensor:
         """Make step `number` on images, uint8 (B, 3, S, S), and labels (B,); return its loss, a scalar.
 

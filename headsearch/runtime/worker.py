@@ -204,7 +204,7 @@ class _Worker:
                 from headsearch.report.publish import publish  # loads plotly
 
                 self._patiently(lambda: publish(self.session.database, self.study.name))
-        except HeadsearchError as error:
+        except (HeadsearchError, ImportError) as error:  # a worker needs no plotly
             self.say(f"checkpoints left, or figure and note not on the dashboard: {error}")
 
     def _patiently(self, call: Callable[[], Any]) -> Any:

@@ -1,15 +1,17 @@
 """Our training beside lightly's SimCLR, in one run on the same images, encoder, batch and threads.
 
     pip install lightly
-    python tests/core/beside_lightly.py --root cifar10 [--width 16 --width 32] [--batch 256] [--repeats 5] [--json]
+    python tests/benchmarks/beside_lightly.py --root cifar10 [--width 16 --width 32] [--batch 256] [--device cuda]
+        [--workers 2] [--repeats 5] [--json]
 
 `root` holds train/<class>/*. lightly has its own transforms, loss and loop (two passes through the encoder, as in
-its examples/pytorch/simclr.py) and a DataLoader with two processes; its images are decoded beforehand, as ours
-are, which spares it what ImageFolder would read. Twice: with our crop, jitter and grayscale, our optimizer and
-our memory layout; and as its example has it, blur and contiguous layout included.
+its examples/pytorch/simclr.py) and a DataLoader with two processes, or as many as `workers`; its images are decoded
+beforehand, as ours are, which spares it what ImageFolder would read. Twice: with our crop, jitter and grayscale, our
+optimizer and our memory layout; and as its example has it, blur and contiguous layout included. On a GPU its batches
+come through pinned memory, and its example too is measured in the first of the precisions.
 
-The three take turns in each repeat. lightly's loader is given two batches to start with, and as many are ready
-when the clock starts as it holds.
+All take turns in each repeat. lightly's loader is given two batches to start with, and as many are ready when the
+clock starts as it holds.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any, Final
@@ -33,16 +36,19 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import to_pil_image
 
 from headsearch.config import TrialConfig
+from headsearch.core.device import pick_device
 from headsearch.core.encoders import build_encoder
 from headsearch.core.features import Precision, arithmetic, build_views
+from headsearch.core.feed import placed
 from headsearch.core.images import ImageSet, load_images
 from headsearch.core.learner import build_learner
 from headsearch.core.memory import M_MMAP_THRESHOLD, M_TRIM, keep_memory
-from headsearch.core.stages import Stages
+from headsearch.core.optimizers import build_optimizer, set_rate
+from headsearch.core.stages import Stages, seconds_of
 from headsearch.study_file import configured
 
-CPU = torch.device("cpu")
 PRECISIONS: Final[tuple[Precision, ...]] = ("fp32", "bf16")
+EXAMPLE: Final = "lightly, its example"
 
 
 def usual_memory() -> None:
@@ -70,10 +76,17 @@ class Lightly:
     """Its example's model and loop."""
 
     def __init__(
-        self, config: TrialConfig, images: ImageSet, *, alike: bool, precision: Precision = "fp32"
+        self,
+        config: TrialConfig,
+        images: ImageSet,
+        *,
+        alike: bool,
+        precision: Precision,
+        device: torch.device,
+        workers: int,
     ) -> None:
         views = config.views
-        self.precision = precision
+        self.precision, self.device = precision, device
         transform = SimCLRTransform(input_size=images.image_size, normalize=None)
         if alike:
             transform = SimCLRTransform(
@@ -89,65 +102,83 @@ class Lightly:
         dim = self.encoder.feature_dim
         self.head = SimCLRProjectionHead(dim, dim, config.head.projection_dim)
         self.layout = torch.channels_last if alike else torch.contiguous_format
-        self.encoder.to(memory_format=self.layout)
-        weights = [*self.encoder.parameters(), *self.head.parameters()]
-        self.optimizer = (
-            torch.optim.AdamW(weights, lr=1e-3, fused=True) if alike else torch.optim.SGD(weights, lr=0.06)
-        )
+        self.encoder.to(device, memory_format=self.layout)
+        self.head.to(device)
+        self.optimizer: torch.optim.Optimizer
+        if alike:
+            self.optimizer = build_optimizer(config.optimizer, self.encoder, self.head)
+            set_rate(self.optimizer, 0.01)
+        else:
+            weights = [*self.encoder.parameters(), *self.head.parameters()]
+            self.optimizer = torch.optim.SGD(weights, lr=0.06)
         self.loss = NTXentLoss(temperature=config.objective.temperature) if alike else NTXentLoss()
         loader = DataLoader(
             Decoded(images, transform),
             batch_size=config.training.batch_size,
             shuffle=True,
             drop_last=True,
-            num_workers=2,
+            num_workers=workers,
             persistent_workers=True,
+            pin_memory=device.type == "cuda",
         )
         self.batches: Iterator[Any] = chain.from_iterable(repeat(loader))
 
     def train(self, steps: int) -> None:
         for first, second in islice(self.batches, steps):
-            with arithmetic(CPU, self.precision):
-                projections = [
-                    self.head(self.encoder(view.to(memory_format=self.layout))) for view in (first, second)
-                ]
+            views = [
+                view.to(self.device, non_blocking=True, memory_format=self.layout) for view in (first, second)
+            ]
+            with arithmetic(self.device, self.precision):
+                projections = [self.head(self.encoder(view)) for view in views]
             loss = self.loss(*(each.float() for each in projections))
             loss.backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
 
 
-def compare(config: TrialConfig, images: ImageSet, repeats: int, seconds: float) -> dict[str, Any]:
-    systems: dict[str, Callable[[int], None]] = {}
-    for precision in PRECISIONS:
-        with tempfile.TemporaryDirectory() as home:
-            learner = build_learner(config, images, CPU, Path(home))
-        ours = Stages(learner, images.train, build_views(config, images, CPU), precision)
-        systems[f"headsearch, {precision}"] = ours.epoch
-        systems[f"lightly, alike, {precision}"] = Lightly(
-            config, images, alike=True, precision=precision
-        ).train
-        systems[f"encoder alone, {precision}"] = ours.encoder
-    systems["lightly, its example"] = Lightly(config, images, alike=False).train
+def compare(
+    config: TrialConfig,
+    images: ImageSet,
+    repeats: int,
+    seconds: float,
+    *,
+    device: torch.device,
+    precisions: Sequence[Precision] = PRECISIONS,
+    workers: int = 2,
+    rest: float = 2.0,
+) -> dict[str, Any]:
+    """Views per second of each, with the smallest and largest, and ours over them.
 
-    def run(name: str, steps: int) -> None:
-        (usual_memory if name == "lightly, its example" else keep_memory)()
-        systems[name](steps)
+    `rest` seconds before each measurement lets loaders fill up, four batches each, and leave the cores. Our images
+    are on the device, lightly's on the host.
+    """
+    systems: dict[str, Callable[[int], None]] = {}
+    there = placed(images, device)
+    lightly = partial(Lightly, config, images, device=device, workers=workers)
+    for precision in precisions:
+        with tempfile.TemporaryDirectory() as home:
+            learner = build_learner(config, there, device, Path(home))
+        ours = Stages(learner, there.train, build_views(config, there, device), precision)
+        systems[f"headsearch, {precision}"] = ours.epoch
+        systems[f"lightly, alike, {precision}"] = lightly(alike=True, precision=precision).train
+        systems[f"encoder alone, {precision}"] = ours.encoder
+    usual: Precision = precisions[0] if device.type == "cuda" else "fp32"
+    systems[EXAMPLE] = lightly(alike=False, precision=usual).train
+
+    def seconds_for(name: str, steps: int) -> float:
+        (usual_memory if name == EXAMPLE else keep_memory)()
+        return seconds_of(lambda: systems[name](steps), device)
 
     steps = {}
     for name in systems:
-        run(name, 2)
-        began = time.perf_counter()
-        run(name, 4)
-        steps[name] = max(4, round(4 * seconds / (time.perf_counter() - began)))
+        seconds_for(name, 2)
+        steps[name] = max(4, round(4 * seconds / seconds_for(name, 4)))
     speeds: dict[str, list[float]] = {name: [] for name in systems}
     for _ in range(repeats):
         for name in systems:
-            time.sleep(2)  # loaders fill up, four batches each, and leave the cores
-            began = time.perf_counter()
-            run(name, steps[name])
+            time.sleep(rest)
             views = 2 * config.training.batch_size * steps[name]
-            speeds[name].append(views / (time.perf_counter() - began))
+            speeds[name].append(views / seconds_for(name, steps[name]))
     return {
         "encoder": config.encoder.name,
         "width": config.encoder.width,
@@ -162,7 +193,7 @@ def compare(config: TrialConfig, images: ImageSet, repeats: int, seconds: float)
                 )
                 for name, all_ in speeds.items()
             }
-            for precision in PRECISIONS
+            for precision in precisions
         },
     }
 
@@ -174,6 +205,8 @@ def main() -> None:
     parser.add_argument("--width", type=int, action="append")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--limit", type=int, default=10_000)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--json", action="store_true")
@@ -187,7 +220,14 @@ def main() -> None:
         )  # fmt: skip
         with tempfile.TemporaryDirectory() as home:
             images = load_images(config.data, home=Path(home))
-            found = compare(config, images, given.repeats, given.seconds)
+            found = compare(
+                config,
+                images,
+                given.repeats,
+                given.seconds,
+                device=pick_device(given.device),
+                workers=given.workers,
+            )
         if given.json:
             print(json.dumps(found))
             continue
