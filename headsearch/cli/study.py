@@ -39,6 +39,7 @@ def create(study: StudyFile, overrides: Overrides = None, no_check: NoCheck = Fa
     from headsearch.runtime.bundled import study_file
     from headsearch.runtime.running import make_study
     from headsearch.runtime.session import open_session
+    from headsearch.search.imagesets import images_of
     from headsearch.study_file import load_study
 
     spec = load_study(study_file(study), overrides or [])
@@ -46,7 +47,8 @@ def create(study: StudyFile, overrides: Overrides = None, no_check: NoCheck = Fa
         made, new, notes = make_study(session, spec, data_check=not no_check)
         for line in notes:
             note(line)
-        emit_lines([f"{label:<11}{text}" for label, text in header(made, session.address.redacted)])
+        known = images_of(session.database, made)
+        emit_lines([f"{label:<11}{text}" for label, text in header(made, session.address.redacted, known)])
         emit_lines(
             [
                 f"study {made.name} {'made' if new else 'exists already, with the same spec'}",
@@ -90,7 +92,7 @@ def show(name: Name, as_json: Json = False) -> None:
     if as_json:
         emit(study_json(snapshot))
         return
-    emit_lines([f"{label:<11}{text}" for label, text in header(snapshot.study, where)])
+    emit_lines([f"{label:<11}{text}" for label, text in header(snapshot.study, where, snapshot.images)])
     emit_lines([counts_line(snapshot), *worker_lines(snapshot)])
     if snapshot.trials:
         emit_lines(["", *trial_table(snapshot, most=None).lines()])
@@ -194,12 +196,15 @@ def confirm(
     from headsearch.runtime.running import Crew, run_study
     from headsearch.runtime.session import open_session
     from headsearch.search import studies
+    from headsearch.search.imagesets import images_of
     from headsearch.search.snapshot import read
 
     wanted = study_name(name)
     with open_session() as session:
         made, _ = studies.create(session.database, confirmation(read(session.database, wanted), seeds))
-        with open_display(header(made, session.address.redacted), quiet=False) as display:
+        with open_display(
+            header(made, session.address.redacted, images_of(session.database, made)), quiet=False
+        ) as display:
             result = run_study(session, made, Crew(workers, device, threads), display)
         emit_lines(confirmed_lines(result.snapshot))
     if result.interrupted:

@@ -48,6 +48,7 @@ def run(
     from headsearch.runtime.bundled import study_file
     from headsearch.runtime.running import Crew, make_study, run_study
     from headsearch.runtime.session import open_session
+    from headsearch.search.imagesets import images_of
     from headsearch.study_file import load_study
 
     path, given = study_file(study), overrides or []
@@ -56,7 +57,8 @@ def run(
         made, _, notes = make_study(session, spec, data_check=not no_check, device=device)
         for line in notes:
             note(line)
-        with open_display(header(made, session.address.redacted), quiet=as_json) as display:
+        shown = header(made, session.address.redacted, images_of(session.database, made))
+        with open_display(shown, quiet=as_json) as display:
             result = run_study(session, made, Crew(workers, device, threads), display)
         if as_json:
             emit(ending_json(result.snapshot, study, given, seconds=result.seconds))
@@ -130,7 +132,7 @@ def train(
     from headsearch.runtime.single import train as train_point
 
     config = point_of(study_file(study), overrides or [], seed=seed)
-    training = train_point(config, home=home_folder(), device=device, threads=threads)
+    training = train_point(config, home=home_folder(), device=device, threads=threads, say=note)
     while True:
         try:
             report = next(training)

@@ -18,7 +18,8 @@ class DataConfig(Config):
     """Which images, at which size, and how they are split."""
 
     name: DatasetName = "digits"
-    """`digits` needs no download; `folder` reads `train/<class>/*` and `test/<class>/*` under `root`."""
+    """`digits` needs no download; `folder` reads `train/<class>/**` and `test/<class>/**` under `root`, and
+    `unlabelled/**` beside `train` or in place of it."""
     root: str | None = None
     """Folder that holds the data. A relative path is looked up under $HEADSEARCH_DATA, else under the
     working directory. Without one, torchvision's data sets are kept in the headsearch home."""
@@ -31,7 +32,11 @@ class DataConfig(Config):
     """What an image that is not square becomes: `crop` its central square, `squeeze` all of it, its
     proportions lost (Schliebitz et al. 2024)."""
     limit: int | None = Field(default=None, ge=2)
-    """Use at most this many training images, drawn evenly from the classes and the same for every trial."""
+    """Use at most this many training images, drawn evenly from the classes and the same for every trial, and
+    at most as many unlabelled ones."""
+    unlabelled: bool = True
+    """Pretrain on images without labels, too, where the data set has them (stl10's 100,000, a folder's
+    `unlabelled/**`). Probes use labelled ones only."""
     validation_fraction: float = Field(default=0.1, gt=0.0, lt=1.0)
     """Share of the training data that is held out, stratified by class, to steer the search. Fixed by
     the data set, not by a trial's seed."""

@@ -106,7 +106,7 @@ def train_autoencoder(
     config: AutoencoderConfig, images: ImageSet, hidden_dim: int, embedding_dim: int, device: torch.device
 ) -> tuple[Autoencoder, float, int]:
     """Train; return the model at its best validation epoch, that mean squared error, and that epoch."""
-    train, validation = images.train, images.validation.images
+    train, validation = images.pretraining, images.validation.images
     with initialisation(config.seed, "autoencoder"):
         model = Autoencoder(train.images[0].numel(), hidden_dim, embedding_dim)
     model.to(device)

@@ -128,7 +128,7 @@ def measure(
     with memory_checked(), PeakMemory(device) as peak, TemporaryDirectory(dir=_folder(home)) as folder:
         learner = build_learner(config, images, device, home)
         views = build_views(config, images, device)
-        train = images.train
+        train = images.pretraining
         stages = Stages(learner, train, views, precision)
         parts: dict[str, Callable[[int], None]] = {
             "training": stages.epoch,
@@ -142,7 +142,7 @@ def measure(
         for _ in range(repeats):
             for name, part in parts.items():
                 per_step[name].append(seconds_of(partial(part, steps[name]), device) / steps[name])
-        reporter = Reporter(learner, train, images.validation, views, precision)
+        reporter = Reporter(learner, images.train, images.validation, views, precision)
         reporting = [
             seconds_of(lambda: reporter.measure(1, len(images.classes)), device)
             for _ in range(min(repeats, 3))

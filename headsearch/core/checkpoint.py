@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import io
 import logging
@@ -11,16 +10,15 @@ import re
 import shutil
 import threading
 import uuid
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 import psutil
 import torch
-from torch import Tensor
 
 from headsearch.core.memory import memory_checked
+from headsearch.core.state_snapshot import Snapshot
 from headsearch.errors import StorageError, TrialFailure
 
 logger = logging.getLogger(__name__)
@@ -61,6 +59,12 @@ class Checkpoints(Protocol):
 
     def remove(self) -> None:
         """Forget all states. Nothing happens if there are none."""
+
+    def set_aside(self, identity: str) -> str:
+        """Keep the states under another name, which is returned, so that `load` finds none."""
+
+    def take_back(self, identity: str) -> dict[str, Any] | None:
+        """Return what was set aside as of `identity`, which `load` finds from now on, or None."""
 
 
 def encode(state: Mapping[str, Any]) -> list[bytes | memoryview]:
@@ -179,6 +183,35 @@ class CheckpointFolder:
         except OSError as error:
             raise StorageError(f"checkpoint in {self.path}: cannot be removed ({error.strerror})") from error
 
+    def set_aside(self, identity: str) -> str:
+        """Rename the folder; one that was set aside before stays beside it. StorageError if that fails."""
+        aside = self._aside(identity)
+        try:
+            if aside.exists():
+                aside = aside.with_name(f"{aside.name}-{uuid.uuid4().hex[:8]}")
+            self.path.rename(aside)
+            sync_folder(self.path.parent)
+        except OSError as error:
+            raise StorageError(
+                f"checkpoint in {self.path}: cannot be set aside ({error.strerror})"
+            ) from error
+        return str(aside)
+
+    def take_back(self, identity: str) -> dict[str, Any] | None:
+        """Rename it back. StorageError if that fails."""
+        try:
+            self._aside(identity).rename(self.path)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise StorageError(
+                f"checkpoint in {self.path}: cannot be taken back ({error.strerror})"
+            ) from error
+        return self.load()
+
+    def _aside(self, identity: str) -> Path:
+        return self.path.with_name(f"{self.path.name}-other-{identity[:12]}")
+
     def _own(self) -> list[tuple[int, Path]]:
         """Files of this owner and those before."""
         later = (self.generation + 1) * PER_GENERATION
@@ -280,64 +313,19 @@ class AsyncCheckpoints:
         finally:
             self._store.remove()
 
+    def set_aside(self, identity: str) -> str:
+        """Do what the store does, after the write under way."""
+        self.flush()
+        return self._store.set_aside(identity)
+
+    def take_back(self, identity: str) -> dict[str, Any] | None:
+        """Do what the store does, after the write under way."""
+        self.flush()
+        return self._store.take_back(identity)
+
     def _write(self, snapshot: Snapshot) -> None:
         try:
             with memory_checked():
                 self._store.save(snapshot.on_host())
         except BaseException as error:  # noqa: BLE001 - raised in the training's thread by `flush`
             self._error = error
-
-
-class Snapshot:
-    """A copy of a state on the devices where its tensors are, to be brought to the host by another thread."""
-
-    def __init__(self, state: dict[str, Any], ready: dict[torch.device, torch.cuda.Event]) -> None:
-        self._state, self._ready = state, ready
-
-    @classmethod
-    def of(cls, state: Mapping[str, Any]) -> Snapshot | None:
-        """Copy `state` as of the work that its devices were given so far; None without memory for it."""
-        devices: set[torch.device] = set()
-
-        def clone(tensor: Tensor) -> Tensor:
-            devices.add(tensor.device)
-            return tensor.detach().clone()
-
-        try:
-            with memory_checked():
-                copies = with_tensors(dict(state), clone)
-        except TrialFailure:
-            return None  # the copies made so far are free only now: the error's traceback refers to them
-        on_gpus = [device for device in devices if device.type == "cuda"]
-        return cls(copies, {each: torch.cuda.current_stream(each).record_event() for each in on_gpus})
-
-    def on_host(self) -> dict[str, Any]:
-        """The state on the CPU, tensors of the CPU as they are. Call it once: it gives the copies away."""
-        # The clones are queued on the training's stream, between the steps before the save and those after.
-        # A copy to the host on that stream would wait for the steps that were queued since, and a new
-        # thread's current stream is the default one, which may well be the training's. So the copies have a
-        # stream of their own. It waits for the event that follows the clones, and for nothing else.
-        # When a clone's last reference goes, the allocator may give its memory to the training's stream at
-        # once. That is safe without `record_stream`: `cpu` returns only when its copy is done.
-        # Host memory is not pinned: to allocate pinned memory keeps streams from running at the same time.
-        state, self._state = self._state, {}
-        with ExitStack() as streams:
-            for device, ready in self._ready.items():
-                side = torch.cuda.Stream(device)
-                side.wait_event(ready)
-                streams.enter_context(torch.cuda.stream(side))
-            found: dict[str, Any] = with_tensors(state, Tensor.cpu)
-        return found
-
-
-def with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """`value` in new containers of the same kinds, with `change` of each tensor."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        found = copy.copy(value)  # with its attributes: state_dicts have `_metadata`
-        found.update({key: with_tensors(entry, change) for key, entry in value.items()})
-        return found
-    if isinstance(value, (list, tuple)):
-        return type(value)(with_tensors(entry, change) for entry in value)
-    return value

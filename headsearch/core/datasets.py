@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from headsearch.config import DataConfig
-from headsearch.core.decoding import Decoded, Pictures, Pixels, decode_files, fit_array
+from headsearch.core.decoding import Decoded, Pictures, Pixels, decode_files, fit_array, new_array
 from headsearch.core.folder import file_states, list_folder, read_folder
 from headsearch.core.imagecache import locked
 from headsearch.core.splits import held_out, stratified_order
@@ -20,6 +20,7 @@ from headsearch.errors import DataError, WorldError
 
 PHOTO_SIZE = 128
 """Default side of imagenette and fgvc-aircraft, whose images come in all sizes (Schliebitz et al. 2024)."""
+STL10_SIDE = 96
 BANNER = 20
 """Height in pixels of the copyright notice under every fgvc-aircraft image."""
 
@@ -30,6 +31,8 @@ class Source:
 
     identity: dict[str, object]
     read: Callable[[Path], Decoded]
+    notes: tuple[str, ...] = ()
+    """What was found and what of it is ignored, lines for people."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,16 @@ class Torchvision:
     base: str
     train: dict[str, Any]
     test: dict[str, Any]
+    unlabelled: str | None = None
+    """File of images without labels below `base`, as the training split has them."""
 
 
 TORCHVISION = {
     "cifar10": Torchvision("CIFAR10", "cifar-10-batches-py", {"train": True}, {"train": False}),
     "cifar100": Torchvision("CIFAR100", "cifar-100-python", {"train": True}, {"train": False}),
-    "stl10": Torchvision("STL10", "stl10_binary", {"split": "train"}, {"split": "test"}),
+    "stl10": Torchvision(
+        "STL10", "stl10_binary", {"split": "train"}, {"split": "test"}, unlabelled="unlabeled_X.bin"
+    ),
     "fashion-mnist": Torchvision("FashionMNIST", "FashionMNIST", {"train": True}, {"train": False}),
     "imagenette": Torchvision("Imagenette", "imagenette2", {"split": "train"}, {"split": "val"}),
     "fgvc-aircraft": Torchvision(
@@ -55,7 +62,7 @@ TORCHVISION = {
         {"split": "test", "annotation_level": "manufacturer"},
     ),
 }
-"""Splits are the official ones: stl10 without its unlabelled images, imagenette tested on its `val`,
+"""Splits are the official ones: stl10 with its 100,000 unlabelled images, imagenette tested on its `val`,
 fgvc-aircraft with its 30 manufacturers as classes and without the banner at the bottom."""
 
 
@@ -70,14 +77,15 @@ def find_source(config: DataConfig, home: Path) -> Source:
         )
     if config.name == "folder":
         root = resolve_root(config.root or "")
-        listing = list_folder(root)
-        states = file_states(root, [name for name, _ in listing.train + listing.test])
+        listing = list_folder(root, unlabelled=config.unlabelled)
+        states = file_states(root, listing.names)
         return Source(
             {
                 "name": "folder",
                 "root": str(root),
                 "image_size": config.image_size,
                 "resize": config.resize,
+                "classes": listing.classes,
                 "files": states,
             },
             lambda scratch: read_folder(
@@ -87,6 +95,7 @@ def find_source(config: DataConfig, home: Path) -> Source:
                 scratch,
                 squeeze=config.resize == "squeeze",
             ),
+            tuple(listing.lines()),
         )
     dataset = TORCHVISION[config.name]
     root = resolve_root(config.root) if config.root is not None else home / "data"
@@ -106,6 +115,7 @@ def find_source(config: DataConfig, home: Path) -> Source:
             "root": str(root),
             "image_size": config.image_size,
             "resize": config.resize,
+            "unlabelled": config.unlabelled,
             "files": file_states(root, files),
         },
         lambda scratch: _read_torchvision(config, dataset, root, scratch),
@@ -139,6 +149,7 @@ def _read_torchvision(config: DataConfig, dataset: Torchvision, root: Path, scra
 
     make = getattr(torchvision.datasets, dataset.cls)
     splits: list[Pictures] = []
+    notes: list[str] = []
     classes: tuple[str, ...] = ()
     for split, arguments in (("train", dataset.train), ("test", dataset.test)):
         try:
@@ -148,16 +159,38 @@ def _read_torchvision(config: DataConfig, dataset: Torchvision, root: Path, scra
                 f"data.root: {root / dataset.base} is incomplete or damaged ({' '.join(str(error).split())}) "
                 "- remove it and set data.download = true to fetch it again"
             ) from error
-        images, labels = (
-            _read_photos(found, config, scratch / f"{split}.raw.npy")
-            if hasattr(found, "loader")
-            else _read_arrays(found, config.image_size)
-        )
+        if hasattr(found, "loader"):
+            images, labels, said = _read_photos(found, config, scratch / f"{split}.raw.npy")
+            notes += said
+        else:
+            images, labels = _read_arrays(found, config.image_size)
         splits.append(Pictures(images, np.asarray(labels, dtype=np.int64)))
         names = getattr(found, "classes", None) or range(int(splits[0].labels.max()) + 1)
         # imagenette gives each class several names
         classes = tuple(name[0] if isinstance(name, tuple) else str(name) for name in names)
-    return Decoded(classes, splits[0], splits[1], sum(len(split.labels) for split in splits))
+    loose = None
+    if config.unlabelled and dataset.unlabelled is not None:
+        loose = _read_unlabelled(root / dataset.base / dataset.unlabelled, splits[0].images, scratch)
+    total = sum(len(split.labels) for split in splits) + (0 if loose is None else len(loose))
+    return Decoded(classes, splits[0], splits[1], total, unlabelled=loose, notes=tuple(notes))
+
+
+def _read_unlabelled(path: Path, like: Pixels, scratch: Path) -> Pixels:
+    """STL-10's unlabelled images (N, 3, S, S), mapped from their file where they keep their size.
+
+    torchvision has checked the file with those of the training split. Its images are columns first.
+    """
+    try:
+        raw = np.memmap(path, np.uint8, "r").reshape(-1, 3, STL10_SIDE, STL10_SIDE).transpose(0, 1, 3, 2)
+    except (OSError, ValueError) as error:
+        raise DataError(f"data.root: {path} is incomplete or damaged ({error})") from error
+    side = like.shape[-1]
+    if side == STL10_SIDE:
+        return raw
+    out = new_array(scratch / "unlabelled.raw.npy", (len(raw), *like.shape[1:]))
+    for start in range(0, len(raw), 1024):
+        out[start : start + 1024] = fit_array(raw[start : start + 1024], side)
+    return out
 
 
 def _read_arrays(found: Any, size: int | None) -> tuple[Pixels, Any]:
@@ -170,13 +203,13 @@ def _read_arrays(found: Any, size: int | None) -> tuple[Pixels, Any]:
     return fit_array(data, size), found.labels if hasattr(found, "labels") else found.targets
 
 
-def _read_photos(found: Any, config: DataConfig, target: Path) -> tuple[Pixels, Any]:
+def _read_photos(found: Any, config: DataConfig, target: Path) -> tuple[Pixels, Any, list[str]]:
     """Read what torchvision keeps as files."""
     if config.name == "imagenette":
         paths, labels, trim = *zip(*found._samples, strict=True), 0
     else:
         paths, labels, trim = found._image_files, found._labels, BANNER
-    images, failures = decode_files(
+    images, failures, notes = decode_files(
         [Path(path) for path in paths],
         config.image_size or PHOTO_SIZE,
         target,
@@ -186,7 +219,7 @@ def _read_photos(found: Any, config: DataConfig, target: Path) -> tuple[Pixels, 
     if failures:
         first = min(failures)
         raise DataError(f"data.root: {len(failures)} damaged images, first {paths[first]}: {failures[first]}")
-    return images, labels
+    return images, labels, notes
 
 
 def _three_channels(grey: Pixels) -> Pixels:

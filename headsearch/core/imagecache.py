@@ -1,29 +1,34 @@
 """Decoded data sets on disk: one folder per content, made once, opened memory-mapped.
 
 A folder ``<key>/`` holds images and labels of both original splits as .npy, in stratified order, and
-``facts.json``. It is filled under the name ``<key>.part`` by whoever holds the lock ``<key>.lock``, and
-renamed when it is whole; a killed writer leaves a ``.part`` that the next one removes.
+``facts.json``; unlabelled images follow those of the training split in the same file, with label -1. What
+is opened is compared with its content hash, once for each size and time of its files. It is filled under
+the name ``<key>.part`` by whoever holds the lock ``<key>.lock``, and renamed when it is whole; a killed
+writer leaves a ``.part`` that the next one removes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from headsearch.core.decoding import Decoded, Pictures, new_array
-from headsearch.core.splits import stratified_order
+from headsearch.core.decoding import Decoded, Pictures, Pixels, new_array
+from headsearch.core.splits import Labels, stratified_order
+from headsearch.core.value_range import doubts
 from headsearch.errors import StorageError
 
-VERSION = 1
+VERSION = 2
 """Counts changes of this code that change pixels, order or layout; part of every key."""
 
 _CHUNK_BYTES = 32 << 20
@@ -44,7 +49,7 @@ def cached(folder: Path, key: str, read: Callable[[Path], Decoded]) -> tuple[Dec
     """
     path = folder / key
     try:
-        if (hit := _open(path)) is not None:
+        if (hit := _open(path, tell=False)) is not None:
             return hit
         with locked(folder / f"{key}.lock"):
             if (hit := _open(path)) is not None:
@@ -78,28 +83,69 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
+class _Content:
+    """Hash of classes, labels and pixels, whatever the chunks they come in."""
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        self._digest = hashlib.blake2b(json.dumps(classes).encode(), digest_size=16)
+
+    def split(self, name: str, shape: tuple[int, ...], labels: Labels) -> None:
+        """Begin with a split; its rows follow."""
+        self._digest.update(json.dumps([name, shape]).encode() + labels.astype("<i8").tobytes())
+
+    def rows(self, images: Pixels) -> None:
+        """Take in images of the split."""
+        self._digest.update(np.ascontiguousarray(images).data)
+
+    def hex(self) -> str:
+        """The hash of all that was taken in."""
+        return self._digest.hexdigest()
+
+
+def _chunks(count: int, shape: tuple[int, ...]) -> Iterator[slice]:
+    """Slices of `count` images of this shape that fit into memory."""
+    rows = max(1, _CHUNK_BYTES // max(1, int(np.prod(shape))))
+    for start in range(0, count, rows):
+        yield slice(start, min(start + rows, count))
+
+
 def _write(part: Path, read: Callable[[Path], Decoded]) -> None:
     scratch = part / "scratch"
     scratch.mkdir()
     decoded = read(scratch)
-    digest = hashlib.blake2b(json.dumps(decoded.classes).encode(), digest_size=16)
+    content = _Content(decoded.classes)
+    notes = list(decoded.notes)
+    loose = decoded.unlabelled
     for split, pictures in (("train", decoded.train), ("test", decoded.test)):
         order = stratified_order(pictures.labels)
         labels, shape = pictures.labels[order], pictures.images.shape
-        digest.update(json.dumps([split, shape]).encode() + labels.astype("<i8").tobytes())
-        np.save(part / f"{split}_labels.npy", labels)
-        out = new_array(part / f"{split}.npy", shape)
-        rows = max(1, _CHUNK_BYTES // int(np.prod(shape[1:])))
-        for start in range(0, len(order), rows):
-            chunk = pictures.images[order[start : start + rows]]
-            out[start : start + rows] = chunk
-            digest.update(np.ascontiguousarray(chunk).data)
+        more = len(loose) if split == "train" and loose is not None else 0
+        np.save(part / f"{split}_labels.npy", np.concatenate([labels, np.full(more, -1, dtype=np.int64)]))
+        out = new_array(part / f"{split}.npy", (len(labels) + more, *shape[1:]))
+        content.split(split, shape, labels)
+        for rows in _chunks(len(order), shape[1:]):
+            out[rows] = pictures.images[order[rows]]
+            content.rows(out[rows])
+        if split == "train":
+            notes += doubts(out[: len(labels)])
+    if loose is not None:
+        # Shuffled once, so that the first of them are as good as any.
+        order, start = stratified_order(np.zeros(len(loose), dtype=np.int64)), len(decoded.train.labels)
+        out = np.load(part / "train.npy", mmap_mode="r+")
+        content.split("unlabelled", loose.shape, np.empty(0, dtype=np.int64))
+        for rows in _chunks(len(loose), loose.shape[1:]):
+            chunk = loose[order[rows]]
+            out[start + rows.start : start + rows.stop] = chunk
+            content.rows(chunk)
+        out.flush()
     shutil.rmtree(scratch)
     facts = {
-        "content": digest.hexdigest(),
+        "content": content.hex(),
         "classes": decoded.classes,
         "skipped": decoded.skipped,
         "total": decoded.total,
+        "unlabelled": 0 if loose is None else len(loose),
+        "notes": notes,
     }
     (part / "facts.json").write_text(json.dumps(facts, indent=1))
     for file in part.iterdir():
@@ -107,26 +153,62 @@ def _write(part: Path, read: Callable[[Path], Decoded]) -> None:
     _sync(part)
 
 
-def _open(path: Path) -> tuple[Decoded, str] | None:
-    """Return the data set at `path`, or None if there is none that is whole."""
+def _open(path: Path, *, tell: bool = True) -> tuple[Decoded, str] | None:
+    """Return the data set at `path`, or None if there is none that is whole; `tell` logs why."""
     try:
         facts = json.loads((path / "facts.json").read_text())
-        splits = {
-            split: Pictures(
-                # Copy-on-write: writable in name, as torch wants it, while the file stays as it is.
-                np.load(path / f"{split}.npy", mmap_mode="c"),
-                np.load(path / f"{split}_labels.npy"),
-            )
-            for split in ("train", "test")
-        }
-        classes, skipped = tuple(facts["classes"]), tuple(facts["skipped"])
-        decoded = Decoded(classes, splits["train"], splits["test"], facts["total"], skipped)
+        # Copy-on-write: writable in name, as torch wants it, while the file stays as it is.
+        images = {split: np.load(path / f"{split}.npy", mmap_mode="c") for split in ("train", "test")}
+        labels = {split: np.load(path / f"{split}_labels.npy") for split in ("train", "test")}
+        known = len(labels["train"]) - facts["unlabelled"]
+        decoded = Decoded(
+            tuple(facts["classes"]),
+            Pictures(images["train"][:known], labels["train"][:known]),
+            Pictures(images["test"], labels["test"]),
+            facts["total"],
+            tuple(facts["skipped"]),
+            images["train"][known:] if facts["unlabelled"] else None,
+            tuple(facts["notes"]),
+            images["train"],
+        )
+        if not _checked(path, decoded, facts["content"]):
+            if tell:
+                _log.warning("%s does not hold what was written there; it will be made again", path)
+            return None
         return decoded, str(facts["content"])
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        _log.warning("%s is damaged and will be made again: %s", path, error)
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        if tell:
+            _log.warning("%s is damaged and will be made again: %s", path, error)
         return None
+
+
+def _checked(path: Path, decoded: Decoded, content: str) -> bool:
+    """Whether pixels and labels are those that were written; read once for each size and time of files."""
+    record = path / "checked.json"
+    states = {"content": content}
+    for file in sorted(path.glob("*.npy")):
+        state = file.stat()
+        states[file.name] = f"{state.st_size} {state.st_mtime_ns}"
+    with contextlib.suppress(OSError, ValueError):
+        if json.loads(record.read_text()) == states:
+            return True
+    found = _Content(decoded.classes)
+    parts = [("train", decoded.train), ("test", decoded.test)]
+    if decoded.unlabelled is not None:
+        parts.append(("unlabelled", Pictures(decoded.unlabelled, np.empty(0, dtype=np.int64))))
+    for split, pictures in parts:
+        found.split(split, pictures.images.shape, pictures.labels)
+        for rows in _chunks(len(pictures.images), pictures.images.shape[1:]):
+            found.rows(pictures.images[rows])
+    if found.hex() != content:
+        return False
+    temporary = path / f".checked.{uuid.uuid4().hex}"
+    with contextlib.suppress(OSError):  # others' cache, which we may only read: checked by each process
+        temporary.write_text(json.dumps(states))
+        temporary.rename(record)
+    return True
 
 
 def _sync(path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from headsearch.config import DataConfig, Normalization
 from headsearch.core.datasets import find_source
+from headsearch.core.decoding import Decoded
 from headsearch.core.folder import check_skipped
 from headsearch.core.imagecache import cache_key, cached
 from headsearch.core.splits import limited, validation_size
@@ -25,7 +26,7 @@ STATISTICS_VALUES: Final = 1 << 18
 
 @dataclass(frozen=True)
 class Split:
-    """Images, uint8 (N, 3, H, W), and labels, int64 (N,).
+    """Images, uint8 (N, 3, H, W), and labels, int64 (N,), -1 for an image without one.
 
     Rows stand in stratified order: every contiguous range holds the classes in their overall proportions.
     """
@@ -43,10 +44,11 @@ class Split:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """One data set, split.
+    """One data set, split. `train`, `validation` and `test` are labelled; `pretraining` may hold more.
 
     `fingerprint` is a hash of pixels, labels and splits: the same on every machine. `skipped` names the
-    unreadable files that were left out, relative to the root.
+    unreadable files that were left out, relative to the root. `notes` are lines for people: what was found
+    and ignored, how values were scaled.
     """
 
     name: str
@@ -56,6 +58,29 @@ class ImageSet:
     test: Split
     fingerprint: str
     skipped: tuple[str, ...] = ()
+    mixed: Split | None = None
+    """The images of `train`, then the unlabelled ones; None where there are none."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def pretraining(self) -> Split:
+        """What encoder, head and autoencoder are trained on: all training images, labelled or not."""
+        return self.train if self.mixed is None else self.mixed
+
+    @property
+    def unlabelled(self) -> int:
+        """How many images of `pretraining` have no label; they come last."""
+        return len(self.pretraining) - len(self.train)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Images by use."""
+        return {
+            "training": len(self.train),
+            "validation": len(self.validation),
+            "test": len(self.test),
+            "unlabelled": self.unlabelled,
+        }
 
     @property
     def image_size(self) -> int:
@@ -64,9 +89,11 @@ class ImageSet:
 
     def to(self, device: torch.device) -> ImageSet:
         """Return the set with all splits on `device`."""
+        mixed = None if self.mixed is None else self.mixed.to(device)
         return replace(
             self,
-            train=self.train.to(device),
+            mixed=mixed,
+            train=self.train.to(device) if mixed is None else _first(mixed, len(self.train)),
             validation=self.validation.to(device),
             test=self.test.to(device),
         )
@@ -76,7 +103,7 @@ class ImageSet:
     ) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation per channel, each float32 (3,) in [0, 1] pixel units.
 
-        ``none`` is zeros and ones. ``zscore`` pools all pixels of the training split (population standard
+        ``none`` is zeros and ones. ``zscore`` pools all pixels that are trained on (population standard
         deviation); this is ours. ``zscore-schliebitz2024`` averages each image's own mean and sample standard
         deviation over images, which is smaller (simclr-ae, ``dataset.calculate_dataset_stats``): over
         training and validation images together, or with `split` ``test`` over the test images, which that
@@ -84,16 +111,17 @@ class ImageSet:
         without deviation has 1. Other kinds ignore `split`.
         """
         if kind == "zscore-schliebitz2024":
-            splits = (self.test,) if split == "test" else (self.train, self.validation)
+            splits = (self.test,) if split == "test" else (self.pretraining, self.validation)
             return average_statistics([part.images for part in splits])
-        device = self.train.images.device
+        train = self.pretraining
+        device = train.images.device
         if kind == "none":
             return torch.zeros(3, device=device), torch.ones(3, device=device)
-        count = self.train.images.numel() // 3
+        count = train.images.numel() // 3
         mean, std = [], []
         for channel in range(3):
             histogram = torch.zeros(256, dtype=torch.int64, device=device)
-            for images in torch.split(self.train.images, 4096):
+            for images in torch.split(train.images, 4096):
                 histogram += torch.bincount(images[:, channel].flatten(), minlength=256)
             # In Python's integers, which neither round nor overflow.
             pixels = histogram.tolist()
@@ -124,7 +152,7 @@ def load_images(config: DataConfig, *, home: Path) -> ImageSet:
 
     Images are decoded once per content, however many processes ask. The validation split is the share
     `validation_fraction` of each class of the original training data and depends on the data only;
-    `limit` then thins the training split alone.
+    `limit` then thins the training split, and the unlabelled images likewise.
 
     Raises DataError if data are missing, damaged or do not fit the splits, StorageError if the cache cannot
     be written, WorldError if a download fails.
@@ -133,19 +161,42 @@ def load_images(config: DataConfig, *, home: Path) -> ImageSet:
     data, content = cached(home / "cache" / "images", cache_key(source.identity), source.read)
     check_skipped(data.skipped, data.total, config.max_unreadable_fraction)
     size = validation_size(data.train.labels, config.validation_fraction, data.classes)
-    images, labels = torch.from_numpy(data.train.images), torch.from_numpy(data.train.labels)
-    train = Split(images[size:], labels[size:])
+    known = torch.from_numpy(data.train.images), torch.from_numpy(data.train.labels)
+    train = Split(known[0][size:], known[1][size:])
     rows = limited(data.train.labels[size:], config.limit, data.classes)
     if rows is not None:
         kept = torch.from_numpy(rows)
         train = Split(train.images[kept], train.labels[kept])
-    identity = json.dumps([content, size, len(train)])
+    mixed = None if data.unlabelled is None else _mixed(train, data, size, config.limit)
+    identity: list[object] = [content, size, len(train)]
+    if mixed is not None:
+        identity.append(len(mixed))
     return ImageSet(
         name=config.name,
         classes=data.classes,
-        train=train,
-        validation=Split(images[:size], labels[:size]),
+        train=train if mixed is None else _first(mixed, len(train)),
+        validation=Split(known[0][:size], known[1][:size]),
         test=Split(torch.from_numpy(data.test.images), torch.from_numpy(data.test.labels)),
-        fingerprint=hashlib.blake2b(identity.encode(), digest_size=16).hexdigest(),
+        fingerprint=hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest(),
         skipped=data.skipped,
+        mixed=mixed,
+        notes=(*source.notes, *data.notes),
     )
+
+
+def _mixed(train: Split, data: Decoded, held: int, limit: int | None) -> Split:
+    """The training images and, after them, at most `limit` unlabelled ones.
+
+    Without a limit a range of the cache's file, in which they stand in this order.
+    """
+    assert data.unlabelled is not None  # noqa: S101
+    count = len(data.unlabelled) if limit is None else min(limit, len(data.unlabelled))
+    labels = torch.cat([train.labels, torch.full((count,), -1)])
+    if len(train) == len(data.train.labels) - held and data.whole is not None:
+        return Split(torch.from_numpy(data.whole[held : len(data.train.labels) + count]), labels)
+    return Split(torch.cat([train.images, torch.from_numpy(data.unlabelled[:count])]), labels)
+
+
+def _first(split: Split, count: int) -> Split:
+    """The first rows of a split; shares its memory."""
+    return Split(split.images[:count], split.labels[:count])

@@ -45,6 +45,8 @@ class Learner:
     """Of the head in the alternating scheme."""
     graphed: GraphedStep | None = None
     """The step as a CUDA graph, once one was made."""
+    partly_labelled: bool = False
+    """Some of the images that it is trained on have no label (-1)."""
 
     @property
     def device(self) -> torch.device:
@@ -105,4 +107,15 @@ def build_learner(config: TrialConfig, images: ImageSet, device: torch.device, h
         optimizer = build_optimizer(config.optimizer, encoder, head, online=probe)
     mode = config.training.compile_encoder
     encode = encoder if mode == "off" else CompiledEncoder(encoder, mode)
-    return Learner(config, encoder, encode, head, embedding, key, online, optimizer, head_optimizer)
+    return Learner(
+        config,
+        encoder,
+        encode,
+        head,
+        embedding,
+        key,
+        online,
+        optimizer,
+        head_optimizer,
+        partly_labelled=images.unlabelled > 0,
+    )

@@ -78,7 +78,7 @@ def pretrain(
     checkpoints: Checkpoints | None = None,
     control: Control | None = None,
 ) -> Generator[EpochReport, None, Pretrained]:
-    """Train encoder and head on two views of each training image; yield a report after every epoch.
+    """Train encoder and head on two views of each training image, labelled or not; yield a report an epoch.
 
     States are given to `checkpoints.save` after every epoch, before its report is yielded, or when `control`
     says so. Where `checkpoints` writes in a thread, the report may come before its checkpoint is on the
@@ -124,16 +124,20 @@ def _trained(
     with memory_checked():
         learner = build_learner(config, images, device, home)
         views = build_views(config, images, device)
-        train = images.train
-        reporter = Reporter(learner, train, images.validation, views, precision)
+        train = images.pretraining
+        reporter = Reporter(learner, images.train, images.validation, views, precision)
 
     identity = identify(config, images)
     state = checkpoints.load() if checkpoints else None
     if state and state.get("identity") != identity:
-        logger.warning("checkpoint of another config or image set removed; training starts at epoch 1")
         assert checkpoints is not None  # noqa: S101 - it gave the state
-        checkpoints.remove()  # or it would pass for newer than ours
-        state = None
+        # Else it would pass for newer than ours; it is kept, for it may be the other images that are right.
+        where = checkpoints.set_aside(str(state.get("identity")))
+        logger.warning("checkpoint of another config or image set: kept as %s", where)
+        state = checkpoints.take_back(identity)
+        if state is None or state.get("identity") != identity:
+            logger.warning("training starts at epoch 1")
+            state = None
     reports: list[EpochReport] = []
     best, start = Best(), None
     if state:
@@ -221,12 +225,13 @@ def _trained(
 def check_steps(config: TrialConfig, images: ImageSet) -> None:
     """Raise SpecError unless the encoder gets a step."""
     training, scheme = config.training, config.scheme
-    if training.epochs and len(images.train) < training.batch_size:
+    count = len(images.pretraining)
+    if training.epochs and count < training.batch_size:
         raise SpecError(
-            f"training.batch_size: {training.batch_size} is more than the {len(images.train)} "
+            f"training.batch_size: {training.batch_size} is more than the {count} "
             f"training images of {config.data.name}"
         )
-    steps = training.epochs * (len(images.train) // training.batch_size)
+    steps = training.epochs * (count // training.batch_size)
     if isinstance(scheme, AlternatingScheme) and scheme.batches == "fresh" and 0 < steps <= scheme.head_steps:
         raise SpecError(
             f"scheme.head_steps: {scheme.head_steps} steps of the head come before the encoder's first, and "

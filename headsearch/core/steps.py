@@ -16,6 +16,9 @@ from headsearch.core.learner import Learner
 from headsearch.core.objectives import objective
 from headsearch.core.optimizers import follows_tensor, learning_rate, set_rate
 
+UNLABELLED: Final = -1
+"""Label of an image that has none."""
+
 
 class Batch:
     """Two views (2B, 3, S, S) of a batch, first views first, and the means to make steps with them."""
@@ -46,12 +49,16 @@ class Batch:
     def online_loss(self, features: Tensor) -> Tensor:
         """Compute the online probe's cross entropy on both views; no gradient reaches the features.
 
-        Zero where there is no probe.
+        Zero where there is no probe. Images without a label do not count, nor does a batch of such images.
         """
         if self.learner.online is None:
             return features.new_zeros(())
         logits = self.learner.online(features.detach().float())
-        return F.cross_entropy(logits, self.labels.repeat(2))
+        labels = self.labels.repeat(2)
+        if not self.learner.partly_labelled:
+            return F.cross_entropy(logits, labels)
+        known = F.cross_entropy(logits, labels, ignore_index=UNLABELLED, reduction="sum")
+        return known / (labels != UNLABELLED).sum().clamp(min=1)
 
     def rate(self, config: OptimizerConfig) -> float:
         """Compute the learning rate of this batch."""

@@ -158,7 +158,7 @@ def _train(line: Connection, job: Job) -> None:
     images = placed(job.load(), device, sharing=job.sharing)
     learner = build_learner(config, images, device, job.home)
     views = build_views(config, images, device)
-    stages = Stages(learner, images.train, views, resolve_precision(config.training, device))
+    stages = Stages(learner, images.pretraining, views, resolve_precision(config.training, device))
     while True:
         set_threads(int(line.recv()))
         stages.epoch(WARM_STEPS)

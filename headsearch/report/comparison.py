@@ -17,6 +17,7 @@ from headsearch.config import flatten
 from headsearch.errors import InputError
 from headsearch.report import protocols
 from headsearch.report.fronts import FrontPoint, points, spread
+from headsearch.report.images import image_captions
 from headsearch.report.tables import Table, value
 from headsearch.report.trials import shown_paths
 from headsearch.search.snapshot import Snapshot, TrialRow
@@ -154,12 +155,7 @@ def comparison_captions(snapshots: Sequence[Snapshot]) -> list[str]:
             f"study {spec.name} ({snapshot.study.state}), protocol {spec.protocol}, spec {spec.hash[:12]}: "
             f"{spec.budget.epochs} epochs, seeds {', '.join(map(str, spec.seeds))}; {states or 'no trial'}"
         )
-    sizes = next((t.facts for s in snapshots for t in s.complete if "validation_images" in t.facts), None)
-    if sizes:
-        lines.append(
-            f"{sizes['train_images']:,} training, {sizes['validation_images']:,} validation, "
-            f"{sizes['test_images']:,} test images"
-        )
+    lines += dict.fromkeys(line for snapshot in snapshots for line in image_captions(snapshot))
     legend = (
         "ordered by validation accuracy; ± is the standard deviation over n seeds; kNN accuracy and "
         "effective ranks are the last report's, on validation images; s: seconds of training"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from headsearch.report import protocols
+from headsearch.report.images import image_captions
 from headsearch.report.tables import Table, value
 from headsearch.report.trials import STATES, in_order, short_names, shown_paths
 from headsearch.search import rungs
@@ -148,13 +149,10 @@ def captions(snapshot: Snapshot) -> list[str]:
         + ("; ± is their standard deviation" * (len(spec.seeds) > 1)),
         f"{len(snapshot.trials)} of {spec.trials} trials: {shown or 'none begun'}; {_epochs(snapshot)}",
     ]
+    lines += image_captions(snapshot)
     sizes = next((t.facts for t in snapshot.complete if "validation_images" in t.facts), None)
     if sizes:
         held_out = sizes["validation_images"]
-        lines.append(
-            f"{sizes['train_images']:,} training, {held_out:,} validation, "
-            f"{sizes['test_images']:,} test images"
-        )
         if held_out < FEW_IMAGES and spec.protocol != "schliebitz2024":
             lines.append(
                 f"one validation image is {1 / held_out:.1%}: the best of many is optimistic by more"
@@ -181,6 +179,8 @@ def front_json(snapshot: Snapshot) -> dict[str, Any]:
             for name, direction in zip(spec.objectives, spec.directions, strict=True)
         ],
         "splits": protocols.SPLITS[spec.protocol],
+        "images": [vars(one) for one in snapshot.images],
+        "on_other_images": [one.number for one in snapshot.strangers],
         "seeds": list(spec.seeds),
         "budget": spec.budget.model_dump(mode="json"),
         "counts": {state: snapshot.counts[state] for state in STATES},

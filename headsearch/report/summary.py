@@ -9,8 +9,10 @@ from typing import Any
 
 from headsearch import space as spaces
 from headsearch.report.fronts import captions, front, front_json, front_table, identity, points
+from headsearch.report.images import image_lines
 from headsearch.report.tables import Table, accuracy, duration
 from headsearch.report.trials import STATES, best, in_order, overrides_of, params_text, trial_json, varying
+from headsearch.search.imagesets import KnownImages
 from headsearch.search.snapshot import Progress, Snapshot, TrialRow
 from headsearch.search.studies import Study
 from headsearch.spec import StudySpec
@@ -18,8 +20,8 @@ from headsearch.spec import StudySpec
 MOST_NUMBERS = 12
 
 
-def header(study: Study, database: str) -> list[tuple[str, str]]:
-    """(label, text) pairs that say what is searched, how, and where it is kept.
+def header(study: Study, database: str, images: Sequence[KnownImages] = ()) -> list[tuple[str, str]]:
+    """(label, text) pairs that say what is searched, how, on which images, and where it is kept.
 
     `database` is an address without password.
     """
@@ -33,6 +35,7 @@ def header(study: Study, database: str) -> list[tuple[str, str]]:
     return [
         *lines,
         ("objectives", f"{goals}; protocol {spec.protocol}"),
+        *(("images", line) for line in image_lines(images)),
         ("space", space_text(spec)),
         ("search", _search_text(spec)),
         ("pruning", _pruning_text(spec)),
@@ -180,6 +183,7 @@ def study_json(snapshot: Snapshot) -> dict[str, Any]:
         "created_at": study.created_at.isoformat(),
         "completed_at": study.completed_at.isoformat() if study.completed_at else None,
         "spec": study.spec.to_json(),
+        "images": [vars(one) for one in snapshot.images],
         "counts": {state: snapshot.counts[state] for state in STATES},
         "epochs_trained": snapshot.epochs_trained,
         "epochs_without_pruning": snapshot.epochs_without_pruning,

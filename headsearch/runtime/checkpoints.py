@@ -135,6 +135,29 @@ class StoredCheckpoints:
         for generation in range(self._generation + 1):
             self._forget(generation)
 
+    def set_aside(self, identity: str) -> str:
+        """Copy the newest state to an object of its own, then remove the others."""
+        state = self.load()
+        aside = self._aside(identity)
+        if state is not None:
+            self._store.write(aside, encode({"turn": 0, "state": state}))
+        self.remove()
+        self._saved = 0
+        return f"{self._store.url}/{aside}"
+
+    def take_back(self, identity: str) -> dict[str, Any] | None:
+        """Return the copy, and put it where `load` looks."""
+        with memory_checked():
+            content = self._store.read(self._aside(identity))
+        match decode(content) if content is not None else None:
+            case {"state": dict(state)}:
+                self.save(state)
+                return state
+        return None
+
+    def _aside(self, identity: str) -> str:
+        return f"{self._name}-other-{identity[:12]}.checkpoint"
+
     def _newest(self, generation: int, damaged: list[str]) -> tuple[int, dict[str, Any] | None]:
         """Turn and state of the newest of a generation; 0 and None if none is whole."""
         newest: tuple[int, dict[str, Any] | None] = 0, None

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from headsearch import space as spaces
 from headsearch.config import DataConfig, TrialConfig
-from headsearch.core.images import load_images
+from headsearch.core.images import ImageSet, load_images
 from headsearch.errors import SpecError
+from headsearch.search.imagesets import KnownImages, image_key
 from headsearch.spec import StudySpec
 
 MOST_POINTS = 5000
@@ -25,7 +26,21 @@ def check(spec: StudySpec, home: Path) -> list[str]:
         SpecError: A batch is larger than the training split.
         StorageError: The cache cannot be written.
     """
-    return [note for data, batch in data_sets(spec).items() for note in check_data(data, batch, home)]
+    return [note for _, notes in examine(spec, home) for note in notes]
+
+
+def examine(spec: StudySpec, home: Path) -> list[tuple[KnownImages, list[str]]]:
+    """Do what `check` does; returns also which images each data set holds."""
+    found = []
+    for data, batch in data_sets(spec).items():
+        notes = check_data(data, batch, home)
+        found.append((told_of(data, load_images(data, home=home)), notes))
+    return found
+
+
+def told_of(data: DataConfig, images: ImageSet) -> KnownImages:
+    """What a study keeps of the images that `data` loads."""
+    return KnownImages(image_key(data), images.fingerprint, images.counts)
 
 
 def data_sets(spec: StudySpec) -> dict[DataConfig, int]:
@@ -41,16 +56,20 @@ def data_sets(spec: StudySpec) -> dict[DataConfig, int]:
 def check_data(data: DataConfig, batch_size: int, home: Path) -> list[str]:
     """Load one data set; raises as `check` does."""
     images = load_images(data, home=home)
-    if batch_size > len(images.train):
+    if batch_size > (most := len(images.pretraining)):
         raise SpecError(
-            f"training.batch_size: {batch_size} is more than the {len(images.train)} training images of "
+            f"training.batch_size: {batch_size} is more than the {most} training images of "
             f"{data.name}; it can be at most that"
         )
+    notes = list(images.notes)
     if not images.skipped:
-        return []
+        return notes
     names = ", ".join(images.skipped[:MOST_NAMES])
     more = f" and {len(images.skipped) - MOST_NAMES} more" if len(images.skipped) > MOST_NAMES else ""
-    return [f"left out {len(images.skipped)} unreadable images of {data.root or data.name}: {names}{more}"]
+    return [
+        *notes,
+        f"left out {len(images.skipped)} unreadable images of {data.root or data.name}: {names}{more}",
+    ]
 
 
 def _configs(spec: StudySpec) -> list[TrialConfig]:

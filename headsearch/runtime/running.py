@@ -13,8 +13,9 @@ from headsearch.runtime.patience import patiently
 from headsearch.runtime.placement import WAITING, check_device, gpu_places
 from headsearch.runtime.session import Session
 from headsearch.runtime.signals import drain_on_signal
+from headsearch.search import imagesets, studies
 from headsearch.search import snapshot as snapshots
-from headsearch.search import studies
+from headsearch.search.imagesets import KnownImages
 from headsearch.search.snapshot import Snapshot
 from headsearch.search.studies import Study
 from headsearch.spec import StudySpec
@@ -71,6 +72,7 @@ def make_study(
         WorldError: ``nvidia-smi`` fails or does not answer.
     """
     notes: list[str] = []
+    images: list[KnownImages] = []
     try:
         existing: Study | None = studies.get(session.database, spec.name)
     except UnknownStudyError:
@@ -81,12 +83,17 @@ def make_study(
         if existing is None and data_check:
             from headsearch.runtime import preflight  # loads torch
 
-            notes = preflight.check(spec, session.home)
+            for seen, said in preflight.examine(spec, session.home):
+                images.append(seen)
+                notes += said
         if existing is None and data_check and spec.worker.checkpoint_store:
             from headsearch.runtime.checkpoints import check_store  # loads torch
 
             check_store(spec.worker.checkpoint_store)
-    return *studies.create(session.database, spec), notes
+    study, new = studies.create(session.database, spec)
+    for seen in images:
+        imagesets.settle(session.database, study, seen)
+    return study, new, notes
 
 
 def run_study(session: Session, study: Study, crew: Crew, watch: Watcher) -> RunResult:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -64,9 +64,16 @@ def _top(override: str) -> str:
 
 
 def train(
-    config: TrialConfig, *, home: Path, device: str = "auto", threads: int | None = None
+    config: TrialConfig,
+    *,
+    home: Path,
+    device: str = "auto",
+    threads: int | None = None,
+    say: Callable[[str], object] = lambda _: None,
 ) -> Generator[EpochReport, None, SinglePoint]:
     """Yield a report per epoch, then return what the final probe measures.
+
+    `say` gets what is worth a note about the images before the training begins.
 
     Raises:
         InputError: The device is not there, the data set cannot be used or a batch does not fit it.
@@ -75,7 +82,8 @@ def train(
     set_threads(threads)
     chosen = pick_device(device)
     keep_memory()
-    check_data(config.data, config.training.batch_size if config.training.epochs else 0, home)
+    for line in check_data(config.data, config.training.batch_size if config.training.epochs else 0, home):
+        say(line)
     images = placed(load_images(config.data, home=home), chosen)
     reports = []
     training = pretrain(config, images, device=chosen, home=home)

@@ -25,7 +25,7 @@ from headsearch.core.checkpoint import AsyncCheckpoints
 from headsearch.core.device import pick_device
 from headsearch.core.feed import placed
 from headsearch.core.hardware import device_label, set_threads
-from headsearch.core.images import ImageSet, load_images
+from headsearch.core.images import ImageSet
 from headsearch.core.memory import free_memory, keep_memory, memory_checked
 from headsearch.core.pretrain import EpochReport, Pretrained, describe_head, pretrain
 from headsearch.core.probe import evaluate
@@ -51,6 +51,7 @@ from headsearch.runtime.removal import forget_all, forget_checkpoints
 from headsearch.runtime.result import WorkerResult
 from headsearch.runtime.session import Session, open_session
 from headsearch.runtime.signals import Drain, drain_on_signal
+from headsearch.runtime.study_images import StudyImages
 from headsearch.runtime.watch import Watch
 from headsearch.search import leases, steering, studies, workers
 from headsearch.search.claims import claim
@@ -156,7 +157,9 @@ class _Worker:
         self.keeper, self.drain, self.say = keeper, drain, unbreakable(say)
         self.watch = Watch(study.spec.worker, study.spec.rungs, keeper, drain)
         self.ends = Endings(session, study, worker_id, keeper, drain, self.say)
-        self.images: dict[str, ImageSet] = {}
+        sharing = gpu_slots() if device.type == "cuda" else 1
+        place = partial(placed, device=device, sharing=sharing)
+        self.images = StudyImages(session, study, place, self._patiently)
         self.paused: Training | None = None
         self.reported = 0
         """Epochs of the trial at hand."""
@@ -272,7 +275,7 @@ class _Worker:
         )
         self.watch.working()
         with memory_checked():
-            images = self._load(config)
+            images = self.images.load(config.data)
         checkpoints = AsyncCheckpoints(self.ends.checkpoints(work))
         reports = pretrain(
             config,
@@ -283,14 +286,6 @@ class _Worker:
             control=self.watch,
         )
         return Training(work, config, images, checkpoints, reports)
-
-    def _load(self, config: TrialConfig) -> ImageSet:
-        key = config.data.model_copy(update={"normalization": "none"}).model_dump_json()
-        if key not in self.images:
-            images = load_images(config.data, home=self.session.home)
-            sharing = gpu_slots() if self.device.type == "cuda" else 1
-            self.images[key] = placed(images, self.device, sharing=sharing)
-        return self.images[key]
 
     def _run(self, training: Training) -> None:
         work = training.claim
@@ -344,7 +339,7 @@ class _Worker:
     def _fail(self, work: Claim, error: TrialFailure) -> None:
         """End the trial, or let it be tried again where that can help."""
         if error.reason == "out_of_memory":
-            self.images.clear()
+            self.images.forget()
             free_memory(self.device)
             if self.reported:
                 # It had the memory that it needs before, so others have it now.

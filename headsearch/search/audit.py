@@ -13,6 +13,7 @@ from sqlalchemy import Connection, text
 
 from headsearch.search import outcomes
 from headsearch.search.database import Database
+from headsearch.search.imagesets import known_images, strangers
 from headsearch.search.sampling import distributions
 from headsearch.search.studies import Study
 
@@ -65,6 +66,7 @@ def audit(database: Database, study: Study) -> Audit:
             *reader.rungs(),
             *reader.values(),
             *reader.copies(),
+            *reader.images(),
         )
         counts = reader.one(
             "SELECT (SELECT count(*) FROM headsearch.trials WHERE study_id = :study_id) AS trials, "
@@ -247,6 +249,23 @@ class _Reader:
             if row.state == "failed" and not row.outcome.get("reason"):
                 found.append(Finding("outcome", f"trial {row.number} failed without a reason"))
         return found
+
+    def images(self) -> list[Finding]:
+        """All complete trials were trained on the study's images."""
+        rows = self.all(
+            "SELECT number, params, seed, outcome->'facts'->>'data_fingerprint' AS fingerprint "
+            "FROM headsearch.trials WHERE study_id = :study_id AND state = 'complete' AND NOT requeued "
+            "ORDER BY number"
+        )
+        known = known_images(self.connection, self.study.study_id)
+        return [
+            Finding(
+                "images",
+                f"trial {one.number} was trained on other images than the study's "
+                f"(fingerprint {one.fingerprint[:12]}, not {one.expected[:12]})",
+            )
+            for one in strangers(self.spec, known, rows)
+        ]
 
     def copies(self) -> list[Finding]:
         """What Optuna shows of a trial, its parameters and values, is what ours says."""

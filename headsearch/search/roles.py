@@ -49,6 +49,7 @@ WORKER_MAY: dict[str, tuple[str, ...]] = {
         "UPDATE (projection_dim, head_parameters, outcome, finished_at)",
     ),
     "headsearch.reports": ("SELECT", "INSERT"),
+    "headsearch.images": ("SELECT", "INSERT"),
     "headsearch.workers": ("SELECT", "INSERT", "UPDATE (beat_at, ended_at)"),
 }
 READER_MAY: dict[str, tuple[str, ...]] = dict.fromkeys(WORKER_MAY, ("SELECT",))

@@ -118,6 +118,17 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE UNIQUE INDEX trials_by_point ON headsearch.trials (study_id, point_key, seed) WHERE NOT requeued;
     CREATE INDEX trials_by_worker ON headsearch.trials (worker_id) WHERE state = 'running';
     """,
+    """
+    -- The images of a study, a row for each configuration of `data`; whoever comes first with one records it.
+    CREATE TABLE headsearch.images (
+        study_id integer NOT NULL REFERENCES headsearch.studies ON DELETE CASCADE,
+        data text NOT NULL,
+        fingerprint text NOT NULL,
+        counts jsonb NOT NULL DEFAULT '{}',
+        recorded_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+        PRIMARY KEY (study_id, data)
+    );
+    """,
 )
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from sqlalchemy import Row, text
 
 from headsearch.search.database import Database
+from headsearch.search.imagesets import KnownImages, Stranger, known_images, strangers
 from headsearch.search.studies import Study, get
 from headsearch.space import Params
 
@@ -52,6 +53,16 @@ class TrialRow:
 
 
 @dataclass(frozen=True)
+class _Told:
+    """What a complete trial says of its images."""
+
+    number: int
+    params: Params
+    seed: int
+    fingerprint: str | None
+
+
+@dataclass(frozen=True)
 class WorkerRow:
     """One worker that has not ended."""
 
@@ -72,6 +83,17 @@ class Snapshot:
     workers: tuple[WorkerRow, ...]
     now: datetime
     """The database's clock."""
+    images: tuple[KnownImages, ...] = ()
+    """Those that the study is trained on."""
+
+    @property
+    def strangers(self) -> list[Stranger]:
+        """Complete trials that were trained on other images."""
+        rows = [
+            _Told(trial.number, trial.params, trial.seed, trial.facts.get("data_fingerprint"))
+            for trial in self.complete
+        ]
+        return strangers(self.study.spec, self.images, rows)
 
     @property
     def counts(self) -> Counter[str]:
@@ -133,6 +155,7 @@ def read(database: Database, name: str) -> Snapshot:
             ),
             key,
         ).all()
+        images = known_images(connection, study.study_id)
         now = connection.scalar(text("SELECT clock_timestamp()"))
     assert isinstance(now, datetime)  # noqa: S101
     return Snapshot(
@@ -143,6 +166,7 @@ def read(database: Database, name: str) -> Snapshot:
             for row in workers
         ),
         now,
+        images,
     )
 
 

@@ -23,13 +23,13 @@ from headsearch.core.checkpoint import (
     AsyncCheckpoints,
     CheckpointFolder,
     Checkpoints,
-    Snapshot,
     decode,
     encode,
 )
 from headsearch.core.control import EveryEpoch, Verdict
 from headsearch.core.learner import build_learner
 from headsearch.core.pretrain import pretrain
+from headsearch.core.state_snapshot import Snapshot
 from headsearch.errors import StorageError, TrainingStopped, TrialFailure
 
 IMAGES = tiny_images()

@@ -79,9 +79,15 @@ def make_stl10(root: Path) -> tuple[Any, ...]:
     for name, pixels in (("train", train), ("test", test)):
         pixels.transpose(0, 1, 3, 2).tofile(base / f"{name}_X.bin")  # columns first
         (labels[: len(pixels)] + 1).astype(np.uint8).tofile(base / f"{name}_y.bin")
+    loose_stl10().transpose(0, 1, 3, 2).tofile(base / "unlabeled_X.bin")
     names = [f"class{index}" for index in range(10)]
     (base / "class_names.txt").write_text("\n".join(names))
     return train, labels, test, labels[:20], tuple(names)
+
+
+def loose_stl10() -> np.ndarray:
+    """Its unlabelled images."""
+    return np.random.default_rng(9).integers(0, 256, (50, 3, 96, 96), dtype=np.uint8)
 
 
 def make_fashion_mnist(root: Path) -> tuple[Any, ...]:
@@ -132,6 +138,23 @@ def test_torchvision_arrays(name: str, tmp_path: Path) -> None:
     assert again.fingerprint == images.fingerprint
     small = load_images(DataConfig(name=name, validation_fraction=0.34, image_size=10), home=tmp_path)
     assert small.test.images.shape == (len(test), 3, 10, 10)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_stl10s_unlabelled_images_are_pretrained_on(tmp_path: Path) -> None:
+    make_stl10(tmp_path / "data")
+    config = DataConfig(name="stl10", validation_fraction=0.34)
+    images = load_images(config, home=tmp_path)
+    assert images.counts == {"training": 30, "validation": 10, "test": 20, "unlabelled": 50}
+    loose = images.pretraining.images[30:]
+    assert sorted(map(bytes, loose.numpy())) == sorted(map(bytes, np.ascontiguousarray(loose_stl10())))
+    assert torch.equal(images.pretraining.images[:30], images.train.images)
+    without = load_images(config.model_copy(update={"unlabelled": False}), home=tmp_path)
+    assert without.counts == images.counts | {"unlabelled": 0}
+    assert torch.equal(without.train.images, images.train.images)
+    assert without.fingerprint != images.fingerprint
+    small = load_images(config.model_copy(update={"image_size": 12}), home=tmp_path)
+    assert small.pretraining.images.shape == (80, 3, 12, 12)
 
 
 def test_imagenette(tmp_path: Path) -> None:

@@ -133,6 +133,73 @@ def test_a_damaged_entry_is_made_again(folder: DataConfig, tmp_path: Path, file:
     assert torch.equal(again.train.images, expected)
 
 
+def _flip(path: Path, *places: int) -> None:
+    """Change bytes, counted from the end: the file keeps its size and its header."""
+    content = bytearray(path.read_bytes())
+    for place in places:
+        content[-place] ^= 1
+    path.write_bytes(content)
+
+
+def _roll(path: Path) -> None:
+    array = np.load(path)
+    path.write_bytes(path.read_bytes()[: -array.nbytes] + np.roll(array, 1, axis=0).tobytes())
+
+
+@pytest.mark.parametrize(
+    ("file", "harm"),
+    [
+        ("train_labels.npy", _roll),
+        ("test_labels.npy", _roll),
+        ("train.npy", lambda path: _flip(path, 1)),
+        ("test.npy", lambda path: _flip(path, 5000, 77)),
+        ("train.npy", _roll),
+    ],
+)
+def test_content_that_changed_unseen_is_made_again_with_a_line(
+    folder: DataConfig, tmp_path: Path, file: str, harm: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whole by its size and its header: only the hash tells."""
+    first = load_images(folder, home=tmp_path / "home")
+    expected = [(split.images.clone(), split.labels.clone()) for split in (first.train, first.test)]
+    harm(entries(tmp_path / "home")[0] / file)
+    again = load_images(folder, home=tmp_path / "home")
+    for split, (images, labels) in zip((again.train, again.test), expected, strict=True):
+        assert torch.equal(split.images, images)
+        assert torch.equal(split.labels, labels)
+    assert [m for m in caplog.messages if "does not hold what was written there" in m] == caplog.messages
+    assert len(caplog.messages) == 1
+    assert again.fingerprint == first.fingerprint
+
+
+def test_content_is_hashed_once_for_each_size_and_time(
+    folder: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_images(folder, home=tmp_path / "home")
+    hashed: list[int] = []
+    rows = imagecache._Content.rows
+    monkeypatch.setattr(
+        imagecache._Content, "rows", lambda self, images: hashed.append(len(images)) or rows(self, images)
+    )
+    load_images(folder, home=tmp_path / "home")
+    assert hashed == []
+    os.utime(entries(tmp_path / "home")[0] / "train.npy")
+    load_images(folder, home=tmp_path / "home")
+    assert sum(hashed) == 40
+    load_images(folder, home=tmp_path / "home")
+    assert sum(hashed) == 40
+
+
+def test_a_cache_that_may_only_be_read_is_checked_every_time(
+    folder: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = load_images(folder, home=tmp_path / "home")
+    (entries(tmp_path / "home")[0] / "checked.json").unlink()
+    monkeypatch.setattr(Path, "write_text", _fail_with(errno.EROFS))
+    assert load_images(folder, home=tmp_path / "home").fingerprint == first.fingerprint
+    assert not (entries(tmp_path / "home")[0] / "checked.json").exists()
+
+
 def test_a_failed_read_leaves_no_entry(folder: DataConfig, tmp_path: Path) -> None:
     for file in (tmp_path / "data" / "train" / "cat").iterdir():
         file.write_bytes(b"")

@@ -43,7 +43,7 @@ def after(owner, attribute, name, then=lambda: None):
 mark("python")
 import torch
 mark("torch")
-from headsearch.runtime import worker
+from headsearch.runtime import study_images, worker
 mark("packages")
 from headsearch.core import epoch, pretrain
 from headsearch.search import workers
@@ -53,7 +53,7 @@ def end():
 after(worker, "pick_device", "device")
 after(workers, "register", "database")
 after(worker, "claim", "claim")
-after(worker, "load_images", "images")
+after(study_images, "load_images", "images")
 after(pretrain, "build_learner", "networks")
 after(epoch.Batch, "descend", "first step", end)
 from headsearch.cli.app import run
