@@ -157,6 +157,40 @@ def test_a_kill_at_any_moment_leaves_a_whole_state(folder: CheckpointFolder) -> 
     assert torch.equal(loaded["weights"], torch.full((20_000,), float(loaded["epoch"])))
 
 
+def test_what_is_set_aside_is_kept_and_can_be_taken_back(folder: CheckpointFolder) -> None:
+    folder.save(state(3))
+    where = folder.set_aside("abcdef0123456789")
+    assert Path(where).name == "7-other-abcdef012345"
+    assert folder.load() is None
+    folder.save(state(1))
+    folder.set_aside("another")
+    assert folder.take_back("nobody's") is None
+    back = folder.take_back("abcdef0123456789")
+    assert back is not None
+    assert back["epoch"] == 3
+    assert folder.load()["epoch"] == 3
+    folder.save(state(4))
+    assert folder.load()["epoch"] == 4
+    # Twice the same identity: neither is lost.
+    folder.set_aside("another")
+    assert len([path for path in folder.path.parent.iterdir() if "other-another" in path.name]) == 2
+
+
+def test_a_checkpoint_that_cannot_be_set_aside_is_an_error(
+    folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EACCES, "Permission denied")
+
+    folder.save(state(1))
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(StorageError, match=r"cannot be set aside \(Permission denied\)"):
+        folder.set_aside("x")
+    with pytest.raises(StorageError, match=r"cannot be taken back \(Permission denied\)"):
+        folder.take_back("x")
+    assert folder.load()["epoch"] == 1
+
+
 def test_removed_folder_is_gone_and_removing_twice_is_fine(folder: CheckpointFolder) -> None:
     folder.save(state(1))
     folder.remove()

@@ -145,6 +145,21 @@ def test_checkpoint_of_another_config_or_image_set_is_not_used(
         assert ("another config" in caplog.text) == (images is not IMAGES or config != tiny_config())
 
 
+def test_a_checkpoint_of_other_images_waits_until_they_are_back(tmp_path: Path) -> None:
+    """Another folder was mounted for a while: what had been trained before is not trained again."""
+    checkpoints = CheckpointFolder(tmp_path / "checkpoints")
+    training = start(tiny_config(), IMAGES, tmp_path, checkpoints)
+    first = [next(training), next(training)]
+    training.close()
+    training = start(tiny_config(), tiny_images(train=120), tmp_path, checkpoints)
+    next(training)
+    training.close()
+    whole, _ = finish(start(tiny_config(), IMAGES, tmp_path, checkpoints))
+    assert whole[:2] == first
+    straight, _ = finish(start(tiny_config(), IMAGES, tmp_path))
+    assert without_timings(whole) == without_timings(straight)
+
+
 def test_suspended_training_is_not_disturbed_by_others(tmp_path: Path) -> None:
     configs = [tiny_config(seed=1), tiny_config(seed=2, training={"precision": "bf16"})]
     alone = [finish(start(config, IMAGES, tmp_path)) for config in configs]

@@ -460,6 +460,23 @@ def reports_of(
     return found
 
 
+def test_what_is_set_aside_in_a_store_is_kept_and_can_be_taken_back(bucket: Any) -> None:
+    kept = opened(2)
+    kept.save(state(3))
+    where = kept.set_aside("abcdef0123456789")
+    assert where == "s3://heads/lab/one/fire-01234567/7-other-abcdef012345.checkpoint"
+    assert opened(3).load() is None
+    fresh = opened(3)
+    fresh.save(state(1))
+    fresh.set_aside("another")
+    assert fresh.take_back("nobody's") is None
+    assert epoch_of(fresh.take_back("abcdef0123456789")) == 3
+    assert epoch_of(opened(4).load()) == 3
+    fresh.save(state(4))
+    assert epoch_of(opened(4).load()) == 4
+    assert len([name for name in names(bucket) if "other" in name]) == 2
+
+
 def test_a_training_goes_on_in_another_process_without_its_disk(
     bucket: Any, forked: Any, tmp_path: Path
 ) -> None:

@@ -237,6 +237,55 @@ def test_sampler_and_pruner_cannot_see_the_test_split(world, tmp_path):
     assert [t.test_accuracy for t in clean.complete] != [t.test_accuracy for t in poisoned.complete]
 
 
+def pictures(root, seed=0):
+    for split, count in (("train", 20), ("test", 10)):
+        for label in range(2):
+            (root / split / f"class{label}").mkdir(parents=True, exist_ok=True)
+            for index in range(count):
+                draw = np.random.default_rng([seed, label, index, split == "test"])
+                shade = np.clip(draw.normal(60 + 90 * label, 40, (8, 8, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(shade).save(root / split / f"class{label}" / f"{index}.png")
+
+
+CHANGES = {
+    "an image is gone": lambda root: (root / "train/class0/3.png").unlink(),
+    "an image changed its class": lambda root: (root / "train/class0/3.png").rename(
+        root / "train/class1/moved.png"
+    ),
+    "one pixel differs": lambda root: Image.fromarray(
+        np.asarray(Image.open(root / "test/class1/0.png")) ^ np.uint8(1)
+    ).save(root / "test/class1/0.png"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_worker_whose_images_changed_refuses_and_one_with_the_old_ones_goes_on(world, tmp_path, change):
+    root = tmp_path / "pictures"
+    pictures(root)
+    base = TINY["base"] | {"data": {"name": "folder", "root": str(root), "validation_fraction": 0.3}}
+    base["training"] = {"batch_size": 8, "precision": "fp32"}
+    make(world, base=base, budget={"trials": 2, "epochs": 2})
+    work("tiny", "--count", "1")
+    (told,) = read(world).images
+    assert told.counts == {"training": 28, "validation": 12, "test": 20, "unlabelled": 0}
+    CHANGES[change](root)
+    refusing = start()
+    output, _ = refusing.communicate(timeout=280)
+    assert refusing.returncode == 2, output
+    assert f"data: the images of {root} are not those that study tiny is trained on" in output
+    seen = read(world)
+    assert [t.state for t in seen.trials] == ["complete", "orphaned"]
+    assert seen.trials[1].losses == 0
+    for file in root.rglob("*.png"):
+        file.unlink()
+    pictures(root)  # written anew, with the same pixels
+    assert "trial 1 adopted" in work()
+    seen = read(world)
+    assert [t.state for t in seen.trials] == ["complete"] * 2
+    assert {t.facts["data_fingerprint"] for t in seen.trials} == {told.fingerprint}
+    assert seen.strangers == []
+
+
 def test_a_database_that_restarts_costs_waiting_only(headsearch_home, monkeypatch):
     """Embedded server killed with SIGKILL while a worker trains: it starts again and nothing is lost."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
