@@ -215,7 +215,7 @@ def confirm(
 
 @app.command()
 def verify(name: Name, as_json: Json = False) -> None:
-    """Audit a study: budget, states here and in Optuna, leases, reports, rungs, checkpoints of paused trials.
+    """Audit a study: budget, states here and in Optuna, leases, reports, rungs, images, paused checkpoints.
 
     Exit 1 if a rule is violated. Changes nothing; may be run while workers train.
     """
