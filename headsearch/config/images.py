@@ -26,11 +26,18 @@ class DataConfig(Config):
     download: bool = False
     """Fetch a torchvision data set that is not under `root` yet."""
     image_size: int | None = Field(default=None, ge=4, le=1024)
-    """Side in pixels that images are resized to when decoded; none keeps the data set's own size
-    (a folder's is the size of its first image's shorter side)."""
+    """Side in pixels of views and plain images; none takes the data set's own size (a folder's is its first
+    image's shorter side). Photos are cropped first and then resized; small square images (cifar10, stl10,
+    ...) that are to have another size are resized when decoded."""
+    stored_side: int = Field(default=512, ge=16, le=4096)
+    """Photos (a folder's, imagenette, fgvc-aircraft) are kept whole, in their own proportions, with a shorter
+    side of at most this. What is larger is shrunk, and crops of less than `image_size` of it are blurred."""
     resize: Literal["crop", "squeeze"] = "crop"
-    """What an image that is not square becomes: `crop` its central square, `squeeze` all of it, its
-    proportions lost (Schliebitz et al. 2024)."""
+    """What a photo becomes where it is not cropped at random, as for probes: `crop` its centre, `squeeze` all
+    of it, its proportions lost (Schliebitz et al. 2024)."""
+    center_share: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Share of a photo's shorter side that its centre has: 1 for torchvision's Resize(S) and CenterCrop(S),
+    0.875 for Resize(256) and CenterCrop(224)."""
     limit: int | None = Field(default=None, ge=2)
     """Use at most this many training images, drawn evenly from the classes and the same for every trial, and
     at most as many unlabelled ones."""

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import time
 import uuid
@@ -24,6 +25,7 @@ from headsearch.config import AutoencoderConfig, AutoencoderHead, TrialConfig
 from headsearch.core.checkpoint import sync_folder
 from headsearch.core.feed import batches
 from headsearch.core.images import ImageSet
+from headsearch.core.photos import Images, squares
 from headsearch.core.randomness import generator, initialisation
 from headsearch.errors import StorageError, TrialFailure
 
@@ -108,7 +110,7 @@ def train_autoencoder(
     """Train; return the model at its best validation epoch, that mean squared error, and that epoch."""
     train, validation = images.pretraining, images.validation.images
     with initialisation(config.seed, "autoencoder"):
-        model = Autoencoder(train.images[0].numel(), hidden_dim, embedding_dim)
+        model = Autoencoder(math.prod(train.images.shape[1:]), hidden_dim, embedding_dim)
     model.to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=True)
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
@@ -140,17 +142,17 @@ def train_autoencoder(
 
 
 @torch.no_grad()
-def _reconstruction_error(model: Autoencoder, images: Tensor) -> float:
+def _reconstruction_error(model: Autoencoder, images: Images) -> float:
     device = model.hidden.weight.device
     total = torch.zeros((), dtype=torch.float64, device=device)
     for batch in images.split(EVALUATION_BATCH):
         pixels = _pixels(batch.to(device))
         total += F.mse_loss(model(pixels), pixels, reduction="sum")
-    return float(total / images.numel())
+    return float(total / math.prod(images.shape))
 
 
-def _pixels(images: Tensor) -> Tensor:
-    return images.flatten(1).float() / 255
+def _pixels(images: Images) -> Tensor:
+    return squares(images).flatten(1).float() / 255
 
 
 def _make(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from headsearch.config import DataConfig
-from headsearch.core.decoding import Decoded, Pictures, Pixels, decode_files, fit_array, new_array
+from headsearch.core.decoding import Decoded, Pictures, Pixels, Stored, decode_splits, fit_array, new_array
 from headsearch.core.folder import file_states, list_folder, read_folder
 from headsearch.core.imagecache import locked
 from headsearch.core.splits import held_out, stratified_order
@@ -84,7 +84,7 @@ def find_source(config: DataConfig, home: Path) -> Source:
                 "name": "folder",
                 "root": str(root),
                 "image_size": config.image_size,
-                "resize": config.resize,
+                "stored_side": config.stored_side,
                 "classes": listing.classes,
                 "files": states,
             },
@@ -93,7 +93,7 @@ def find_source(config: DataConfig, home: Path) -> Source:
                 config.image_size,
                 config.max_unreadable_fraction,
                 scratch,
-                squeeze=config.resize == "squeeze",
+                stored_side=config.stored_side,
             ),
             tuple(listing.lines()),
         )
@@ -114,7 +114,7 @@ def find_source(config: DataConfig, home: Path) -> Source:
             "name": config.name,
             "root": str(root),
             "image_size": config.image_size,
-            "resize": config.resize,
+            "stored_side": config.stored_side,
             "unlabelled": config.unlabelled,
             "files": file_states(root, files),
         },
@@ -159,6 +159,7 @@ def _read_torchvision(config: DataConfig, dataset: Torchvision, root: Path, scra
                 f"data.root: {root / dataset.base} is incomplete or damaged ({' '.join(str(error).split())}) "
                 "- remove it and set data.download = true to fetch it again"
             ) from error
+        images: Stored
         if hasattr(found, "loader"):
             images, labels, said = _read_photos(found, config, scratch / f"{split}.raw.npy")
             notes += said
@@ -170,9 +171,11 @@ def _read_torchvision(config: DataConfig, dataset: Torchvision, root: Path, scra
         classes = tuple(name[0] if isinstance(name, tuple) else str(name) for name in names)
     loose = None
     if config.unlabelled and dataset.unlabelled is not None:
+        assert isinstance(splits[0].images, np.ndarray)  # noqa: S101 - stl10
         loose = _read_unlabelled(root / dataset.base / dataset.unlabelled, splits[0].images, scratch)
     total = sum(len(split.labels) for split in splits) + (0 if loose is None else len(loose))
-    return Decoded(classes, splits[0], splits[1], total, unlabelled=loose, notes=tuple(notes))
+    side = config.image_size or PHOTO_SIZE
+    return Decoded(classes, splits[0], splits[1], total, unlabelled=loose, notes=tuple(notes), view_side=side)
 
 
 def _read_unlabelled(path: Path, like: Pixels, scratch: Path) -> Pixels:
@@ -203,19 +206,19 @@ def _read_arrays(found: Any, size: int | None) -> tuple[Pixels, Any]:
     return fit_array(data, size), found.labels if hasattr(found, "labels") else found.targets
 
 
-def _read_photos(found: Any, config: DataConfig, target: Path) -> tuple[Pixels, Any, list[str]]:
+def _read_photos(found: Any, config: DataConfig, target: Path) -> tuple[Stored, Any, list[str]]:
     """Read what torchvision keeps as files."""
     if config.name == "imagenette":
         paths, labels, trim = *zip(*found._samples, strict=True), 0
     else:
         paths, labels, trim = found._image_files, found._labels, BANNER
-    images, failures, notes = decode_files(
-        [Path(path) for path in paths],
+    read, notes = decode_splits(
+        {target: [Path(path) for path in paths]},
         config.image_size or PHOTO_SIZE,
-        target,
+        stored_side=config.stored_side,
         trim_bottom=trim,
-        squeeze=config.resize == "squeeze",
     )
+    images, failures = read[target].images, read[target].failures
     if failures:
         first = min(failures)
         raise DataError(f"data.root: {len(failures)} damaged images, first {paths[first]}: {failures[first]}")

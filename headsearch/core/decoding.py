@@ -15,12 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from headsearch.core.photos import PhotoArray, sizes_of
 from headsearch.core.value_range import (
     Extents,
     Kind,
@@ -34,19 +36,22 @@ from headsearch.core.value_range import (
 from headsearch.errors import StorageError
 
 Pixels = NDArray[np.uint8]
+Stored = Pixels | PhotoArray
 
 _CHUNK = 32  # files a thread takes at a time
 _ORIENTATION = 0x0112
 """EXIF's tag of which way is up."""
+_TURNED = 5
+"""Its values from this on turn height into width."""
 _ABSENT = {None, errno.ENOENT, errno.EACCES, errno.EISDIR, errno.ELOOP, errno.EPERM}
 """OSErrors that say something about one file; PIL's own have no errno. Others are the disk's."""
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Images (N, 3, S, S) with their labels (N,)."""
+    """Images (N, 3, S, S), or photos, with their labels (N,)."""
 
-    images: Pixels
+    images: Stored
     labels: NDArray[np.int64]
 
 
@@ -59,12 +64,14 @@ class Decoded:
     test: Pictures
     total: int
     skipped: tuple[str, ...] = field(default=())
-    unlabelled: Pixels | None = None
-    """Images (U, 3, S, S) that only pretraining uses."""
+    unlabelled: Stored | None = None
+    """Images (U, 3, S, S), or photos, that only pretraining uses."""
     notes: tuple[str, ...] = ()
     """What a person should know of how they were decoded, a line each."""
-    whole: Pixels | None = None
+    whole: Stored | None = None
     """Training images and, after them, the unlabelled ones, where both lie in one array."""
+    view_side: int = 0
+    """Side of what is made of photos."""
 
 
 def decode_file(
@@ -72,43 +79,77 @@ def decode_file(
     size: int,
     *,
     trim_bottom: int = 0,
-    squeeze: bool = False,
     ranges: RangesByKind | None = None,
     seen: Callable[[Kind, Values], None] | None = None,
 ) -> Pixels:
     """One image as (3, size, size); `trim_bottom` pixels are cut off its lower edge first.
 
-    `squeeze` keeps all of it, whatever its proportions, else its central square. A file with more than 8 bits
-    a channel is read with `ranges`, else with the range of its own values, which `seen` is told.
+    What is kept is its central square. A file with more than 8 bits a channel is read with `ranges`, else
+    with the range of its own values, which `seen` is told.
 
     Raises whatever PIL raises at a damaged file.
     """
     with Image.open(path) as image:
-        if (kind := wide_kind(image)) is not None:
-            values, alpha = wide_values(image, path)
-            if seen is not None:
-                seen(kind, values)
-            if ranges is None or kind not in ranges:
-                own = Extents()
-                own.add(kind, values)
-                ranges = own.ranges() or {kind: full_range(kind, 0, 1)}
-            narrow = Image.fromarray(to_eight_bits(values, ranges[kind]))
-            if alpha is not None:
-                narrow.putalpha(Image.fromarray(alpha))
-            narrow.getexif()[_ORIENTATION] = image.getexif().get(_ORIENTATION, 1)
-            return _fitted(narrow, size, trim_bottom, squeeze=squeeze)
         # A JPEG that is far too large is decoded at a half, a quarter or an eighth, but never to less than
         # twice the final size; large photographs take a fraction of the time.
         if not trim_bottom:
             image.draft(None, (2 * size, 2 * size))
-        return _fitted(image, size, trim_bottom, squeeze=squeeze)
+        return fit(_upright(image, path, trim_bottom, ranges, seen), size)
 
 
-def _fitted(image: Image.Image, size: int, trim_bottom: int, *, squeeze: bool) -> Pixels:
+def decode_photo(
+    path: Path,
+    height: int,
+    width: int,
+    *,
+    trim_bottom: int = 0,
+    ranges: RangesByKind | None = None,
+    seen: Callable[[Kind, Values], None] | None = None,
+) -> Pixels:
+    """All of a photo as (3, height, width); otherwise like `decode_file`."""
+    with Image.open(path) as image:
+        if not trim_bottom:
+            image.draft(None, (2 * max(height, width),) * 2)
+        whole = _upright(image, path, trim_bottom, ranges, seen)
+        if whole.size != (width, height):
+            whole = whole.resize((width, height), Image.Resampling.BICUBIC)
+        return np.asarray(whole).transpose(2, 0, 1)
+
+
+def upright_size(path: Path, *, trim_bottom: int = 0) -> tuple[int, int]:
+    """Height and width of a photo, the right way up. Raises whatever PIL raises at a damaged file."""
+    with Image.open(path) as image:
+        width, height = image.size
+        if image.getexif().get(_ORIENTATION, 1) >= _TURNED:
+            width, height = height, width
+    return max(1, height - trim_bottom), width
+
+
+def _upright(
+    image: Image.Image,
+    path: Path,
+    trim_bottom: int,
+    ranges: RangesByKind | None,
+    seen: Callable[[Kind, Values], None] | None,
+) -> Image.Image:
+    """An opened image with 8 bits a channel, RGB, the right way up, without its lower edge."""
+    if (kind := wide_kind(image)) is not None:
+        values, alpha = wide_values(image, path)
+        if seen is not None:
+            seen(kind, values)
+        if ranges is None or kind not in ranges:
+            own = Extents()
+            own.add(kind, values)
+            ranges = own.ranges() or {kind: full_range(kind, 0, 1)}
+        narrow = Image.fromarray(to_eight_bits(values, ranges[kind]))
+        if alpha is not None:
+            narrow.putalpha(Image.fromarray(alpha))
+        narrow.getexif()[_ORIENTATION] = image.getexif().get(_ORIENTATION, 1)
+        image = narrow
     upright = ImageOps.exif_transpose(image)
     if trim_bottom:
         upright = upright.crop((0, 0, upright.width, upright.height - trim_bottom))
-    return fit(as_rgb(upright), size, squeeze=squeeze)
+    return as_rgb(upright)
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -121,14 +162,11 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def fit(image: Image.Image, size: int, *, squeeze: bool = False) -> Pixels:
-    """Central square of an RGB image, or all of it, resized (bicubic, antialiased) to (3, size, size).
+def fit(image: Image.Image, size: int) -> Pixels:
+    """Central square of an RGB image, resized (bicubic, antialiased) to (3, size, size).
 
     The square is the same as resizing the shorter side to `size` and then cropping the centre, in one pass.
     """
-    if squeeze:
-        whole = image.resize((size, size), Image.Resampling.BICUBIC)
-        return np.asarray(whole).transpose(2, 0, 1)
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     box = (left, top, left + side, top + side)
@@ -154,51 +192,81 @@ def new_array(path: Path, shape: tuple[int, ...]) -> Pixels:
     return array
 
 
-def decode_files(
-    paths: Sequence[Path], size: int, target: Path, *, trim_bottom: int = 0, squeeze: bool = False
-) -> tuple[Pixels, dict[int, str], list[str]]:
-    """All files as a memory-mapped (N, 3, size, size) array in the new file `target`.
+@dataclass(frozen=True)
+class Read:
+    """What became of the files of one split."""
 
-    Also returns the indices of unreadable files, each with the reason, and notes; their rows are zero.
-    Raises StorageError if the disk fails rather than a file.
-    """
-    read, notes = decode_splits({target: paths}, size, trim_bottom=trim_bottom, squeeze=squeeze)
-    return *read[target], notes
+    images: Stored
+    """A row for each file; those that could not be read are zero."""
+    failures: dict[int, str]
+    """Files that could not be read, with the reason."""
 
 
 def decode_splits(
-    splits: Mapping[Path, Sequence[Path]], size: int, *, trim_bottom: int = 0, squeeze: bool = False
-) -> tuple[dict[Path, tuple[Pixels, dict[int, str]]], list[str]]:
-    """Do what `decode_files` does for several splits of one data set, which share their value range.
+    splits: Mapping[Path, Sequence[Path]],
+    size: int,
+    *,
+    stored_side: int,
+    trim_bottom: int = 0,
+) -> tuple[dict[Path, Read], list[str]]:
+    """Decode all files of a data set into new memory-mapped files, whose names are the keys of `splits`.
 
-    Keys are the new files of their arrays.
+    Where all are squares of side `size`, to (N, 3, size, size) each, else to photos with a shorter side of
+    at most `stored_side`. All share one value range, of which the notes tell. Raises StorageError if the
+    disk fails rather than a file.
     """
+    shapes: dict[Path, NDArray[np.int32]] = {}
+    failures: dict[Path, dict[int, str]] = {}
+    for target, paths in splits.items():
+        shapes[target] = np.ones((len(paths), 4), dtype=np.int32)
+
+        def look(index: int, paths: Sequence[Path], out: NDArray[np.int32]) -> None:
+            height, width = upright_size(paths[index], trim_bottom=trim_bottom)
+            scale = min(1.0, stored_side / min(height, width))
+            out[index] = max(1, round(height * scale)), max(1, round(width * scale)), height, width
+
+        failures[target] = _each(partial(look, paths=paths, out=shapes[target]), range(len(paths)), paths)
+    alike = all(
+        bool((np.delete(of, list(failures[target]), axis=0)[:, 2:] == size).all())
+        for target, of in shapes.items()
+    )
     extents = Extents()
-    read: dict[Path, tuple[Pixels, dict[int, str]]] = {}
+    read: dict[Path, Read] = {}
     wide: dict[Path, list[int]] = {}
-    decode_one = partial(decode_file, trim_bottom=trim_bottom, squeeze=squeeze)
+
+    def decode(index: int, paths: Sequence[Path], out: Stored, **how: Any) -> None:
+        if isinstance(out, PhotoArray):
+            height, width = map(int, out.shapes[index, :2])
+            pixels = decode_photo(paths[index], height, width, trim_bottom=trim_bottom, **how)
+            start = int(out.offsets[index])
+            out.data[start : start + pixels.size] = pixels.ravel()
+        else:
+            out[index] = decode_file(paths[index], size, trim_bottom=trim_bottom, **how)
+
+    def first(index: int, paths: Sequence[Path], out: Stored, wide: list[int]) -> None:
+        def seen(kind: Kind, values: Values) -> None:
+            extents.add(kind, values)
+            wide.append(index)
+
+        decode(index, paths, out, seen=seen)
+
     for target, paths in splits.items():
-        out = new_array(target, (len(paths), 3, size, size))
+        out: Stored
+        if alike:
+            out = new_array(target, (len(paths), 3, size, size))
+        else:
+            out = PhotoArray.packed(
+                new_array(target, (max(1, int(sizes_of(shapes[target]).sum())),)), shapes[target]
+            )
         wide[target] = []
-
-        def first(index: int, paths: Sequence[Path], out: Pixels, wide: list[int]) -> None:
-            def seen(kind: Kind, values: Values) -> None:
-                extents.add(kind, values)
-                wide.append(index)
-
-            out[index] = decode_one(paths[index], size, seen=seen)
-
-        decode = partial(first, paths=paths, out=out, wide=wide[target])
-        read[target] = out, _each(decode, range(len(paths)), paths)
+        rest = sorted(set(range(len(paths))) - set(failures[target]))
+        each = partial(first, paths=paths, out=out, wide=wide[target])
+        read[target] = Read(out, failures[target] | _each(each, rest, paths))
     ranges = extents.ranges()
-
-    def second(index: int, paths: Sequence[Path], out: Pixels) -> None:
-        out[index] = decode_one(paths[index], size, ranges=ranges)
-
     for target, paths in splits.items():
-        out, failures = read[target]
-        again = sorted(set(wide[target]) - set(failures))
-        failures |= _each(partial(second, paths=paths, out=out), again, paths)
+        again = sorted(set(wide[target]) - set(read[target].failures))
+        each = partial(decode, paths=paths, out=read[target].images, ranges=ranges)
+        read[target].failures.update(_each(each, again, paths))
     return read, extents.lines()
 
 

@@ -96,7 +96,7 @@ def train_epoch(
         left = order[first * batch_size : steps * batch_size]
         for step, (images, labels) in enumerate(batches(train, left, batch_size, device), first):
             number = (epoch - 1) * steps + step
-            if graphed is not None:
+            if graphed is not None and isinstance(images, Tensor):  # photos have none
                 total += graphed(images, labels, number, steps)
             else:
                 with torch.no_grad():

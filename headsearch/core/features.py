@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from headsearch.config import TrainingConfig, TrialConfig
 from headsearch.core.images import ImageSet
+from headsearch.core.photos import Images, Photos
 from headsearch.core.views import Views
 
 Precision = Literal["bf16", "fp32"]
@@ -69,12 +70,13 @@ def build_views(
         (mean.to(device), std.to(device)),
         dtype=views_dtype(device, resolve_precision(config.training, device)),
         channels_last=config.training.channels_last,
+        photos=isinstance(images.train.images, Photos),
     )
 
 
 @torch.no_grad()
-def extract_features(encoder: nn.Module, images: Tensor, views: Views, precision: Precision) -> Tensor:
-    """Compute features, fp32 (N, D), of plain images, uint8 (N, 3, H, W), in evaluation mode.
+def extract_features(encoder: nn.Module, images: Images, views: Views, precision: Precision) -> Tensor:
+    """Compute features, fp32 (N, D), of plain images, uint8 (N, 3, S, S), or photos, in evaluation mode.
 
     On the device of `views`; images from elsewhere are moved there as they are needed.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from headsearch.core.images import ImageSet, Split
+from headsearch.core.photos import Images, Photos
 
 SHARE: Final = 0.5
 """Of a GPU's free memory that the images of all its workers may take; the rest is for their trainings."""
@@ -33,13 +35,16 @@ def placed(images: ImageSet, device: torch.device, free: int | None = None, *, s
     return images if free is not None and taken > SHARE / sharing * free else images.to(device)
 
 
-def batches(split: Split, order: Tensor, size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images, uint8 (B, 3, H, W), and labels (B,) of the rows in `order`, on `device`, `size` rows at a time.
+def batches(split: Split, order: Tensor, size: int, device: torch.device) -> Iterator[tuple[Images, Tensor]]:
+    """Images, uint8 (B, 3, S, S), and labels (B,) of the rows in `order`, on `device`, `size` rows at a time.
 
-    The last batch has what is left. Images that are elsewhere are streamed; the batches are the same.
+    Or photos. The last batch has what is left. Images that are elsewhere are streamed; batches are the same.
     """
     if split.images.device.type != device.type:
-        yield from streamed(split, order, size, device)
+        if isinstance(split.images, Photos):
+            yield from streamed_photos(split.images, split.labels, order, size, device)
+        else:
+            yield from streamed(split, order, size, device)
         return
     for rows in order.to(device).split(size):
         yield split.images.index_select(0, rows), split.labels.index_select(0, rows)
@@ -53,6 +58,20 @@ class Gathered:
     copied: torch.cuda.Event | None = None
 
 
+def streamed_photos(
+    photos: Photos, labels: Tensor, order: Tensor, size: int, device: torch.device
+) -> Iterator[tuple[Photos, Tensor]]:
+    """Do what `batches` does, for photos on the host: a thread gathers the next batch meanwhile."""
+    parts = order.to(photos.device).split(size)
+    with ThreadPoolExecutor(1, thread_name_prefix="feed") as pool:
+        waiting = [pool.submit(photos[rows].to, device) for rows in parts[:AHEAD]]
+        for number, rows in enumerate(parts):
+            here = waiting.pop(0).result()
+            if number + AHEAD < len(parts):
+                waiting.append(pool.submit(photos[parts[number + AHEAD]].to, device))
+            yield here, labels[rows].to(device)
+
+
 def streamed(split: Split, order: Tensor, size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """Do what `batches` does, for images on the host.
 
@@ -62,6 +81,7 @@ def streamed(split: Split, order: Tensor, size: int, device: torch.device) -> It
     """
     cuda = device.type == "cuda"
     host, labels, rows_here = split.images, split.labels.to(device), order.to(device)
+    assert isinstance(host, Tensor)  # noqa: S101
     order = order.to(host.device)
     shape = (min(size, len(order)), *host.shape[1:])
     free: queue.Queue[Gathered | None] = queue.Queue()

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headsearch.core.decoding import Decoded, Pictures, Pixels, decode_file, decode_splits
+from headsearch.core.photos import PhotoArray
 from headsearch.core.splits import held_out, stratified_order
 from headsearch.errors import DataError, StorageError
 
@@ -152,15 +153,15 @@ def file_states(root: Path, names: Sequence[str]) -> list[tuple[str, int, int, b
 
 
 def read_folder(
-    listing: Listing, size: int | None, max_unreadable: float, scratch: Path, *, squeeze: bool = False
+    listing: Listing, size: int | None, max_unreadable: float, scratch: Path, *, stored_side: int
 ) -> Decoded:
-    """Decode every file of `listing` to `size` (None: the first image's shorter side).
+    """Decode every file of `listing`, as `decode_splits` does (`size` None: the first image's shorter side).
 
     `scratch` is a folder for intermediate arrays. Unreadable files are logged and left out. Raises
     DataError if their share is above `max_unreadable`, or if a class has no readable image left.
     """
     side = size if size is not None else _first_side(listing)
-    _log.info("decoding %d images of %s to %d x %d", len(listing), listing.root, side, side)
+    _log.info("decoding %d images of %s", len(listing), listing.root)
     files = {
         "train": listing.train,
         "test": listing.test,
@@ -169,17 +170,19 @@ def read_folder(
     paths = {
         scratch / f"{split}.raw.npy": [listing.root / name for name, _ in of] for split, of in files.items()
     }
-    read, notes = decode_splits(paths, side, squeeze=squeeze)
+    read, notes = decode_splits(paths, side, stored_side=stored_side)
     splits: dict[str, Pictures] = {}
     skipped: list[str] = []
     for split, (target, places) in zip(files, paths.items(), strict=True):
-        images, failures = read[target]
+        images, failures = read[target].images, read[target].failures
         for index, reason in sorted(failures.items()):
             _log.warning("left out %s: %s", places[index], reason)
             skipped.append(files[split][index][0])
         labels = np.array([label for _, label in files[split]], dtype=np.int64)
         readable = np.array([index not in failures for index in range(len(places))], dtype=bool)
-        splits[split] = Pictures(_compact(images, np.flatnonzero(readable)), labels[readable])
+        kept = np.flatnonzero(readable)
+        whole = images[kept] if isinstance(images, PhotoArray) else _compact(images, kept)
+        splits[split] = Pictures(whole, labels[readable])
     check_skipped(skipped, len(listing), max_unreadable)
     for split in SPLITS[not listing.train :]:
         present = np.bincount(splits[split].labels, minlength=len(listing.classes))
@@ -196,6 +199,7 @@ def read_folder(
         tuple(skipped),
         splits[UNLABELLED].images if listing.unlabelled else None,
         tuple(notes),
+        view_side=side,
     )
 
 

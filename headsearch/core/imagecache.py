@@ -23,12 +23,13 @@ from pathlib import Path
 
 import numpy as np
 
-from headsearch.core.decoding import Decoded, Pictures, Pixels, new_array
-from headsearch.core.splits import Labels, stratified_order
+from headsearch.core.decoding import Decoded, Pictures, Pixels, Stored, new_array
+from headsearch.core.photos import PhotoArray, sizes_of
+from headsearch.core.splits import Labels, Rows, stratified_order
 from headsearch.core.value_range import doubts
 from headsearch.errors import StorageError
 
-VERSION = 2
+VERSION = 3
 """Counts changes of this code that change pixels, order or layout; part of every key."""
 
 _CHUNK_BYTES = 32 << 20
@@ -89,8 +90,9 @@ class _Content:
     def __init__(self, classes: Sequence[str]) -> None:
         self._digest = hashlib.blake2b(json.dumps(classes).encode(), digest_size=16)
 
-    def split(self, name: str, shape: tuple[int, ...], labels: Labels) -> None:
+    def split(self, name: str, images: Stored, labels: Labels) -> None:
         """Begin with a split; its rows follow."""
+        shape = images.shapes.tolist() if isinstance(images, PhotoArray) else images.shape
         self._digest.update(json.dumps([name, shape]).encode() + labels.astype("<i8").tobytes())
 
     def rows(self, images: Pixels) -> None:
@@ -102,11 +104,24 @@ class _Content:
         return self._digest.hexdigest()
 
 
-def _chunks(count: int, shape: tuple[int, ...]) -> Iterator[slice]:
-    """Slices of `count` images of this shape that fit into memory."""
-    rows = max(1, _CHUNK_BYTES // max(1, int(np.prod(shape))))
-    for start in range(0, count, rows):
-        yield slice(start, min(start + rows, count))
+def _chunks(images: Stored) -> Iterator[Pixels]:
+    """The images in their order, as many at a time as fit into memory; each photo by itself."""
+    if isinstance(images, PhotoArray):
+        yield from images.chunks()
+        return
+    rows = max(1, _CHUNK_BYTES // max(1, int(np.prod(images.shape[1:]))))
+    for start in range(0, len(images), rows):
+        yield images[start : start + rows]
+
+
+def _reordered(images: Stored, order: Rows) -> Iterator[Pixels]:
+    """The rows `order` of images, as many at a time as fit into memory."""
+    if isinstance(images, PhotoArray):
+        yield from images[order].chunks()
+        return
+    rows = max(1, _CHUNK_BYTES // max(1, int(np.prod(images.shape[1:]))))
+    for start in range(0, len(order), rows):
+        yield images[order[start : start + rows]]
 
 
 def _write(part: Path, read: Callable[[Path], Decoded]) -> None:
@@ -118,33 +133,45 @@ def _write(part: Path, read: Callable[[Path], Decoded]) -> None:
     loose = decoded.unlabelled
     for split, pictures in (("train", decoded.train), ("test", decoded.test)):
         order = stratified_order(pictures.labels)
-        labels, shape = pictures.labels[order], pictures.images.shape
-        more = len(loose) if split == "train" and loose is not None else 0
-        np.save(part / f"{split}_labels.npy", np.concatenate([labels, np.full(more, -1, dtype=np.int64)]))
-        out = new_array(part / f"{split}.npy", (len(labels) + more, *shape[1:]))
-        content.split(split, shape, labels)
-        for rows in _chunks(len(order), shape[1:]):
-            out[rows] = pictures.images[order[rows]]
-            content.rows(out[rows])
+        labels = pictures.labels[order]
+        content.split(split, _rows(pictures.images, order), labels)
+        parts = [_reordered(pictures.images, order)]
+        extra = 0
+        if split == "train" and loose is not None:
+            # Shuffled once, so that the first of them are as good as any.
+            shuffled = stratified_order(np.zeros(len(loose), dtype=np.int64))
+            parts.append(_reordered(loose, shuffled))
+            extra = len(loose)
+        np.save(part / f"{split}_labels.npy", np.concatenate([labels, np.full(extra, -1, dtype=np.int64)]))
+        if isinstance(pictures.images, PhotoArray):
+            shapes = pictures.images.shapes[order]
+            if extra:
+                assert isinstance(loose, PhotoArray)  # noqa: S101
+                shapes = np.concatenate([shapes, loose.shapes[shuffled]])
+            np.save(part / f"{split}_shapes.npy", shapes)
+            out = new_array(part / f"{split}.npy", (max(1, int(sizes_of(shapes).sum())),))
+        else:
+            out = new_array(part / f"{split}.npy", (len(labels) + extra, *pictures.images.shape[1:]))
+        place = 0
+        for number, chunks in enumerate(parts):
+            if number:
+                assert loose is not None  # noqa: S101
+                unlabelled = _Content(())
+                unlabelled.split("unlabelled", _rows(loose, shuffled), np.empty(0, dtype=np.int64))
+            for chunk in chunks:
+                out[place : place + len(chunk)] = chunk
+                place += len(chunk)
+                (unlabelled if number else content).rows(chunk)
         if split == "train":
-            notes += doubts(out[: len(labels)])
-    if loose is not None:
-        # Shuffled once, so that the first of them are as good as any.
-        order, start = stratified_order(np.zeros(len(loose), dtype=np.int64)), len(decoded.train.labels)
-        out = np.load(part / "train.npy", mmap_mode="r+")
-        content.split("unlabelled", loose.shape, np.empty(0, dtype=np.int64))
-        for rows in _chunks(len(loose), loose.shape[1:]):
-            chunk = loose[order[rows]]
-            out[start + rows.start : start + rows.stop] = chunk
-            content.rows(chunk)
-        out.flush()
+            notes += doubts(out[: len(labels)] if out.ndim > 1 else out[:_CHUNK_BYTES].reshape(-1, 1))
     shutil.rmtree(scratch)
     facts = {
-        "content": content.hex(),
+        "content": content.hex() + (unlabelled.hex() if loose is not None else ""),
         "classes": decoded.classes,
         "skipped": decoded.skipped,
         "total": decoded.total,
         "unlabelled": 0 if loose is None else len(loose),
+        "view_side": decoded.view_side,
         "notes": notes,
     }
     (part / "facts.json").write_text(json.dumps(facts, indent=1))
@@ -153,12 +180,24 @@ def _write(part: Path, read: Callable[[Path], Decoded]) -> None:
     _sync(part)
 
 
+def _rows(images: Stored, order: Rows) -> Stored:
+    """The rows `order`, for their shape only: no pixel of a plain array moves."""
+    return images[order] if isinstance(images, PhotoArray) else images
+
+
+def _images(path: Path, split: str) -> Stored:
+    # Copy-on-write: writable in name, as torch wants it, while the file stays as it is.
+    data: Pixels = np.load(path / f"{split}.npy", mmap_mode="c")
+    if data.ndim > 1:
+        return data
+    return PhotoArray.packed(data, np.load(path / f"{split}_shapes.npy"))
+
+
 def _open(path: Path, *, tell: bool = True) -> tuple[Decoded, str] | None:
     """Return the data set at `path`, or None if there is none that is whole; `tell` logs why."""
     try:
         facts = json.loads((path / "facts.json").read_text())
-        # Copy-on-write: writable in name, as torch wants it, while the file stays as it is.
-        images = {split: np.load(path / f"{split}.npy", mmap_mode="c") for split in ("train", "test")}
+        images = {split: _images(path, split) for split in ("train", "test")}
         labels = {split: np.load(path / f"{split}_labels.npy") for split in ("train", "test")}
         known = len(labels["train"]) - facts["unlabelled"]
         decoded = Decoded(
@@ -170,6 +209,7 @@ def _open(path: Path, *, tell: bool = True) -> tuple[Decoded, str] | None:
             images["train"][known:] if facts["unlabelled"] else None,
             tuple(facts["notes"]),
             images["train"],
+            facts["view_side"],
         )
         if not _checked(path, decoded, facts["content"]):
             if tell:
@@ -178,7 +218,7 @@ def _open(path: Path, *, tell: bool = True) -> tuple[Decoded, str] | None:
         return decoded, str(facts["content"])
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError) as error:
         if tell:
             _log.warning("%s is damaged and will be made again: %s", path, error)
         return None
@@ -195,14 +235,18 @@ def _checked(path: Path, decoded: Decoded, content: str) -> bool:
         if json.loads(record.read_text()) == states:
             return True
     found = _Content(decoded.classes)
-    parts = [("train", decoded.train), ("test", decoded.test)]
+    for split, pictures in (("train", decoded.train), ("test", decoded.test)):
+        found.split(split, pictures.images, pictures.labels)
+        for chunk in _chunks(pictures.images):
+            found.rows(chunk)
+    said = found.hex()
     if decoded.unlabelled is not None:
-        parts.append(("unlabelled", Pictures(decoded.unlabelled, np.empty(0, dtype=np.int64))))
-    for split, pictures in parts:
-        found.split(split, pictures.images.shape, pictures.labels)
-        for rows in _chunks(len(pictures.images), pictures.images.shape[1:]):
-            found.rows(pictures.images[rows])
-    if found.hex() != content:
+        found = _Content(())
+        found.split("unlabelled", decoded.unlabelled, np.empty(0, dtype=np.int64))
+        for chunk in _chunks(decoded.unlabelled):
+            found.rows(chunk)
+        said += found.hex()
+    if said != content:
         return False
     temporary = path / f".checked.{uuid.uuid4().hex}"
     with contextlib.suppress(OSError):  # others' cache, which we may only read: checked by each process

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from headsearch.config import DataConfig, Normalization
 from headsearch.core.datasets import find_source
-from headsearch.core.decoding import Decoded
+from headsearch.core.decoding import Decoded, Stored
 from headsearch.core.folder import check_skipped
 from headsearch.core.imagecache import cache_key, cached
+from headsearch.core.photos import Images, PhotoArray, Photos, squares
 from headsearch.core.splits import limited, validation_size
 
 STATISTICS_VALUES: Final = 1 << 18
@@ -26,12 +27,12 @@ STATISTICS_VALUES: Final = 1 << 18
 
 @dataclass(frozen=True)
 class Split:
-    """Images, uint8 (N, 3, H, W), and labels, int64 (N,), -1 for an image without one.
+    """Images, uint8 (N, 3, S, S), or photos, and labels, int64 (N,), -1 for an image without one.
 
     Rows stand in stratified order: every contiguous range holds the classes in their overall proportions.
     """
 
-    images: Tensor
+    images: Images
     labels: Tensor
 
     def __len__(self) -> int:
@@ -84,7 +85,7 @@ class ImageSet:
 
     @property
     def image_size(self) -> int:
-        """Side of the square images, in pixels."""
+        """Side of views and plain images, in pixels."""
         return int(self.train.images.shape[-1])
 
     def to(self, device: torch.device) -> ImageSet:
@@ -117,27 +118,31 @@ class ImageSet:
         device = train.images.device
         if kind == "none":
             return torch.zeros(3, device=device), torch.ones(3, device=device)
-        count = train.images.numel() // 3
+        count = math.prod(train.images.shape) // 3
+        histograms = torch.zeros(3, 256, dtype=torch.int64, device=device)
+        for images in train.images.split(4096):
+            plain = squares(images)
+            for channel, histogram in enumerate(histograms):
+                histogram += torch.bincount(plain[:, channel].flatten(), minlength=256)
         mean, std = [], []
-        for channel in range(3):
-            histogram = torch.zeros(256, dtype=torch.int64, device=device)
-            for images in torch.split(train.images, 4096):
-                histogram += torch.bincount(images[:, channel].flatten(), minlength=256)
+        for pixels in histograms.tolist():
             # In Python's integers, which neither round nor overflow.
-            pixels = histogram.tolist()
             total = sum(value * n for value, n in enumerate(pixels))
-            squares = sum(value**2 * n for value, n in enumerate(pixels))
+            second = sum(value**2 * n for value, n in enumerate(pixels))
             mean.append(total / count / 255)
-            std.append(math.sqrt(count * squares - total**2) / count / 255 or 1.0)
+            std.append(math.sqrt(count * second - total**2) / count / 255 or 1.0)
         return torch.tensor(mean, device=device), torch.tensor(std, device=device)
 
 
-def average_statistics(splits: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Average over all images, uint8 (N, 3, H, W) each, of each one's channel means and deviations."""
+def average_statistics(splits: Sequence[Images]) -> tuple[Tensor, Tensor]:
+    """Average over all images, uint8 (N, 3, S, S) each, of each one's channel means and deviations.
+
+    Of photos, those of plain images.
+    """
     total = torch.zeros(2, 3, dtype=torch.float64, device=splits[0].device)
     for images in splits:
         for chunk in images.split(max(1, STATISTICS_VALUES // math.prod(images.shape[1:]))):
-            pixels = chunk.flatten(2).double()
+            pixels = squares(chunk).flatten(2).double()
             mean = pixels.mean(2)
             # torch.std makes one pass after Welford, which takes twenty times as long
             norm = torch.linalg.vector_norm(pixels - mean[:, :, None], dim=2)
@@ -161,22 +166,25 @@ def load_images(config: DataConfig, *, home: Path) -> ImageSet:
     data, content = cached(home / "cache" / "images", cache_key(source.identity), source.read)
     check_skipped(data.skipped, data.total, config.max_unreadable_fraction)
     size = validation_size(data.train.labels, config.validation_fraction, data.classes)
-    known = torch.from_numpy(data.train.images), torch.from_numpy(data.train.labels)
+    known = _tensor(data.train.images, data, config), torch.from_numpy(data.train.labels)
     train = Split(known[0][size:], known[1][size:])
     rows = limited(data.train.labels[size:], config.limit, data.classes)
     if rows is not None:
         kept = torch.from_numpy(rows)
         train = Split(train.images[kept], train.labels[kept])
-    mixed = None if data.unlabelled is None else _mixed(train, data, size, config.limit)
+    mixed = None if data.unlabelled is None else _mixed(train, data, size, config)
     identity: list[object] = [content, size, len(train)]
     if mixed is not None:
         identity.append(len(mixed))
+    if isinstance(train.images, Photos):
+        # Pixels of views and plain images follow from these, too.
+        identity.append([data.view_side, config.resize, config.center_share])
     return ImageSet(
         name=config.name,
         classes=data.classes,
         train=train if mixed is None else _first(mixed, len(train)),
         validation=Split(known[0][:size], known[1][:size]),
-        test=Split(torch.from_numpy(data.test.images), torch.from_numpy(data.test.labels)),
+        test=Split(_tensor(data.test.images, data, config), torch.from_numpy(data.test.labels)),
         fingerprint=hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest(),
         skipped=data.skipped,
         mixed=mixed,
@@ -184,17 +192,29 @@ def load_images(config: DataConfig, *, home: Path) -> ImageSet:
     )
 
 
-def _mixed(train: Split, data: Decoded, held: int, limit: int | None) -> Split:
+def _tensor(images: Stored, data: Decoded, config: DataConfig) -> Images:
+    if isinstance(images, PhotoArray):
+        squeeze = config.resize == "squeeze"
+        return Photos.of(images, data.view_side, squeeze=squeeze, center_share=config.center_share)
+    return torch.from_numpy(images)
+
+
+def _mixed(train: Split, data: Decoded, held: int, config: DataConfig) -> Split:
     """The training images and, after them, at most `limit` unlabelled ones.
 
     Without a limit a range of the cache's file, in which they stand in this order.
     """
     assert data.unlabelled is not None  # noqa: S101
-    count = len(data.unlabelled) if limit is None else min(limit, len(data.unlabelled))
+    count = len(data.unlabelled) if config.limit is None else min(config.limit, len(data.unlabelled))
     labels = torch.cat([train.labels, torch.full((count,), -1)])
+    loose = _tensor(data.unlabelled[:count], data, config)
+    if isinstance(loose, Photos):
+        assert isinstance(train.images, Photos)  # noqa: S101
+        return Split(train.images.followed_by(loose), labels)
+    assert isinstance(train.images, Tensor)  # noqa: S101
     if len(train) == len(data.train.labels) - held and data.whole is not None:
-        return Split(torch.from_numpy(data.whole[held : len(data.train.labels) + count]), labels)
-    return Split(torch.cat([train.images, torch.from_numpy(data.unlabelled[:count])]), labels)
+        return Split(_tensor(data.whole[held : len(data.train.labels) + count], data, config), labels)
+    return Split(torch.cat([train.images, loose]), labels)
 
 
 def _first(split: Split, count: int) -> Split:

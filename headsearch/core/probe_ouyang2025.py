@@ -20,6 +20,7 @@ from headsearch.core.features import arithmetic, build_views, extract_features, 
 from headsearch.core.feed import batches
 from headsearch.core.images import ImageSet, Split
 from headsearch.core.optimizers import build_optimizer, learning_rate, set_rate
+from headsearch.core.photos import Photos
 from headsearch.core.randomness import generator, initialisation
 from headsearch.core.views import Views
 
@@ -87,6 +88,7 @@ def train_offline(
         tuple(part.to(device) for part in images.normalization(config.data.normalization)),  # type: ignore[arg-type]
         dtype=views_dtype(device, pretrained.precision),
         channels_last=config.training.channels_last,
+        photos=isinstance(split.images, Photos),
     )
     encoder = pretrained.encoder.eval()
     size = min(BATCH, len(split))

@@ -19,6 +19,7 @@ from headsearch.core.feed import batches
 from headsearch.core.images import Split
 from headsearch.core.learner import Learner
 from headsearch.core.optimizers import set_rate
+from headsearch.core.photos import Images
 from headsearch.core.randomness import generator
 from headsearch.core.steps import Batch
 from headsearch.core.views import Views
@@ -141,7 +142,7 @@ class Stages:
                     set_rate(optimizer, 0.0)
                     optimizer.step()
 
-    def _batches(self, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self, steps: int) -> Iterator[tuple[Images, Tensor]]:
         order = torch.arange(self.batch_size).repeat(steps)
         return batches(self.train, order, self.batch_size, self.learner.device)
 

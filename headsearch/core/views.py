@@ -6,8 +6,8 @@ measured by, whole batches by torch's operations: it runs where neither kernel c
 SimCLR's augmentation (Chen et al. 2020, appendix A): random resized crop, horizontal flip, colour jitter,
 grayscale, Gaussian blur; solarisation (Grill et al. 2020, appendix B); then normalisation. Parameters have
 the distributions of torchvision's transforms, and each operation its formula; the crop is resampled
-bilinearly with edges clamped to the crop (a crop is never larger than its output, so that antialiasing would
-change nothing).
+bilinearly with edges clamped to the crop (of square images a crop is never larger than its output, so that
+antialiasing would change nothing; crops of photos are antialiased, see `photos`).
 
 Shapes: B images, V views, S image side.
 """
@@ -15,6 +15,7 @@ Shapes: B images, V views, S image side.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Generator, Tensor
@@ -24,6 +25,7 @@ from headsearch.config import ViewsConfig
 from headsearch.core import cuda_views
 from headsearch.core.color import blend_, luma, shift_hue_
 from headsearch.core.draws import NUMBERS, SOLARIZE_FROM, Distribution, Draws
+from headsearch.core.photos import Images, Photos
 from headsearch.core.randomness import Philox, derive_seed
 from headsearch.core.randomness import generator as seeded
 
@@ -45,7 +47,8 @@ class Views:
     `normalization` is mean and standard deviation per channel, each (3,), in [0, 1] pixel units, on the
     device where the images will be. Views come in `dtype` and, if `channels_last`, in that memory format.
     All randomness comes from the stream that a call is given, and nothing waits for the device. With a
-    `Philox` (see `stream`), `pair` is two launches, which a CUDA graph may capture.
+    `Philox` (see `stream`), `pair` is two launches, which a CUDA graph may capture. Of `photos`, whose crops
+    are antialiased, the GPU's kernel makes none: whole batches do.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Views:
         *,
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
+        photos: bool = False,
     ) -> None:
         self.config = config
         self.image_size = image_size
@@ -68,7 +72,7 @@ class Views:
         self._jitters = config.jitter_strength > 0 and config.jitter_probability > 0
         self.distribution = Distribution(config, image_size, mean.device)
         self._blurs, self._solarizes = max(self.distribution.blur) > 0, max(self.distribution.solarize) > 0
-        self._kernel = self._load_kernel() if self.device.type in KERNEL_ON else None
+        self._kernel = self._load_kernel() if self.device.type in KERNEL_ON and not photos else None
 
     @property
     def stream_kind(self) -> str:
@@ -84,39 +88,51 @@ class Views:
             return seeded(self.device, seed, *purpose)
         return Philox(derive_seed(seed, *purpose), self.device)
 
-    def __call__(self, images: Tensor, stream: ViewStream) -> Tensor:
-        """One view of each of the uint8 images (B, 3, S, S): float (B, 3, S, S)."""
+    def __call__(self, images: Images, stream: ViewStream) -> Tensor:
+        """One view of each of the uint8 images (B, 3, S, S), or photos: float (B, 3, S, S)."""
         return self._make(images, len(images), stream)
 
-    def pair(self, images: Tensor, stream: ViewStream) -> Tensor:
+    def pair(self, images: Images, stream: ViewStream) -> Tensor:
         """Two views of each of the uint8 images (B, 3, S, S): float (2B, 3, S, S).
 
         Image b's views are numbers b and B + b. Raises ValueError for a `Philox` where there is no kernel.
         """
         return self._make(images, 2 * len(images), stream, firsts=len(images))
 
-    def plain(self, images: Tensor) -> Tensor:
+    def plain(self, images: Images) -> Tensor:
         """The uint8 images (B, 3, S, S) as they are, normalised: float (B, 3, S, S)."""
-        pixels = images.float().mul_(1 / 255).mul_(self._scale).add_(self._shift)
+        if isinstance(images, Photos) and self._fused:
+            return self._plain_fused(images)
+        pixels = images.plain() if isinstance(images, Photos) else images.float().mul_(1 / 255)
+        pixels.mul_(self._scale).add_(self._shift)
         return pixels.to(self.dtype, memory_format=self.memory_format)
 
-    def draw(self, count: int, generator: Generator, firsts: int | None = None) -> Draws:
-        """Parameters of `count` random views, a multiple of 4; second views from number `firsts` on."""
+    def draw(
+        self, count: int, generator: Generator, firsts: int | None = None, photos: Photos | None = None
+    ) -> Draws:
+        """Parameters of `count` random views, a multiple of 4; second views from number `firsts` on.
+
+        Boxes are in pixels of the image, or of the originals of `photos`.
+        """
         uniform = torch.rand(count, NUMBERS, generator=generator, device=generator.device)
         firsts = count if firsts is None else firsts
         if self._fused:
             from headsearch.core.viewkernel import draw_views  # loads numba
 
-            return draw_views(uniform, self.distribution, firsts)
-        return self.distribution.draws(uniform, firsts)
+            draws = draw_views(uniform, self.distribution, firsts)
+        else:
+            draws = self.distribution.draws(uniform, firsts)
+        if photos is None:
+            return draws
+        return replace(draws, box=photos.boxes(uniform, draws.view, self.config.crop_scale_min))
 
-    def apply(self, images: Tensor, draws: Draws) -> Tensor:
+    def apply(self, images: Images, draws: Draws) -> Tensor:
         """Views (V, 3, S, S) that `draws` describes, view v of image v mod B."""
-        if self._kernel is not None:
+        if self._kernel is not None and not isinstance(images, Photos):
             return self._kernel.apply(images, draws.table())
         return self._apply_fused(images, draws) if self._fused else self._apply_batched(images, draws)
 
-    def _apply_batched(self, images: Tensor, draws: Draws) -> Tensor:
+    def _apply_batched(self, images: Images, draws: Draws) -> Tensor:
         out = torch.empty(
             (len(draws), *images.shape[1:]),
             dtype=self.dtype,
@@ -124,7 +140,7 @@ class Views:
             memory_format=self.memory_format,
         )
         values = _CHUNK_VALUES.get(images.device.type, _CHUNK_VALUES["cuda"])
-        step = max(4, values // images[0].numel() // 4 * 4)
+        step = max(4, values // math.prod(images.shape[1:]) // 4 * 4)
         for start in range(0, len(draws), step):
             rows = draws.rows(start, start + step)
             pixels = self._crop(images.index_select(0, rows.view % len(images)), rows)
@@ -141,33 +157,45 @@ class Views:
             out.index_copy_(0, rows.view, pixels.to(self.dtype))
         return out
 
-    def _apply_fused(self, images: Tensor, draws: Draws) -> Tensor:
+    def _apply_fused(self, images: Images, draws: Draws) -> Tensor:
         from headsearch.core.viewkernel import make_views  # loads numba
 
         size, last = self.image_size, self.memory_format == torch.channels_last
         weights = blur_weights(size, draws) if self._blurs else torch.empty(len(draws), 0)
         drawn = (draws.view, draws.box, draws.flip, draws.factors, draws.order, draws.hue, draws.grayscale)
         parts = (*drawn, weights, draws.solarize, self._scale.flatten(), self._shift.flatten())
+        arrays = tuple(part.contiguous().numpy() for part in parts)
         out = torch.empty(len(draws), size, size, 3) if last else torch.empty(len(draws), 3, size, size)
-        make_views(
-            images.contiguous().numpy(),
-            tuple(part.contiguous().numpy() for part in parts),
-            out.flatten(1).numpy(),
-            last=last,
-            threads=torch.get_num_threads(),
+        flat, threads = out.flatten(1).numpy(), torch.get_num_threads()
+        if isinstance(images, Photos):
+            from headsearch.core.photo_kernel import make_photo_views
+
+            rest = (arrays[0], *arrays[2:])
+            make_photo_views(images, draws.box, rest, flat, last=last, threads=threads)
+        else:
+            make_views(images.contiguous().numpy(), arrays, flat, last=last, threads=threads)
+        return (out.permute(0, 3, 1, 2) if last else out).to(self.dtype)
+
+    def _plain_fused(self, images: Photos) -> Tensor:
+        from headsearch.core.photo_kernel import plain_images  # loads numba
+
+        last = self.memory_format == torch.channels_last
+        out = plain_images(
+            images, self._scale.flatten(), self._shift.flatten(), last=last, threads=torch.get_num_threads()
         )
         return (out.permute(0, 3, 1, 2) if last else out).to(self.dtype)
 
-    def _make(self, images: Tensor, count: int, stream: ViewStream, firsts: int | None = None) -> Tensor:
+    def _make(self, images: Images, count: int, stream: ViewStream, firsts: int | None = None) -> Tensor:
         if not count:
             return self.plain(images)
+        photos = images if isinstance(images, Photos) else None
         if isinstance(stream, Philox):
-            if self._kernel is None:
+            if self._kernel is None or isinstance(images, Photos):
                 raise ValueError(
                     f"views on {self.device} of {self.image_size} pixels have no kernel for a Philox"
                 )
             return self._kernel.make(images, count, count if firsts is None else firsts, stream)
-        draws = self.draw(math.ceil(count / 4) * 4, stream, firsts)
+        draws = self.draw(math.ceil(count / 4) * 4, stream, firsts, photos)
         # A generator's views are the same whether the kernel is there or not.
         return (self._apply_fused if self._fused else self._apply_batched)(images, draws)[:count]
 
@@ -187,8 +215,10 @@ class Views:
             memory_format=self.memory_format,
         )
 
-    def _crop(self, images: Tensor, draws: Draws) -> Tensor:
+    def _crop(self, images: Images, draws: Draws) -> Tensor:
         """Crop, flip and resize uint8 images (V, 3, S, S) to floats in [0, 1] of the same shape."""
+        if isinstance(images, Photos):
+            return images.crop(draws.box, draws.flip)
         size = self.image_size
         center = torch.arange(size, device=images.device) + 0.5
         origin, extent = draws.box[:, :2, None], draws.box[:, 2:, None]

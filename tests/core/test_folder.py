@@ -18,6 +18,7 @@ from headsearch.config import DataConfig
 from headsearch.core.decoding import decode_file
 from headsearch.core.folder import file_states
 from headsearch.core.images import ImageSet, load_images
+from headsearch.core.photos import squares
 from headsearch.errors import DataError
 
 SIZE = 16
@@ -143,10 +144,10 @@ def test_squeezed_an_image_keeps_its_edges_and_loses_its_proportions(tmp_path: P
             for index in range(4):
                 Image.fromarray(pixels).save(place / split / label / f"{index}.png")
     image = torch.from_numpy(pixels).permute(2, 0, 1)
-    theirs = tv.resize(image, [SIZE, SIZE], interpolation=tv.InterpolationMode.BICUBIC, antialias=True)
+    theirs = tv.resize(image, [SIZE, SIZE], antialias=True)
     squeezed = load(place, tmp_path, image_size=SIZE, resize="squeeze", validation_fraction=0.25)
-    assert (squeezed.test.images[0].int() - theirs.int()).abs().max() <= 1
-    cropped = load(place, tmp_path, image_size=SIZE, validation_fraction=0.25)  # another entry of the cache
+    assert (squares(squeezed.test.images)[0].int() - theirs.int()).abs().max() <= 1
+    cropped = load(place, tmp_path, image_size=SIZE, validation_fraction=0.25)
     assert squeezed.fingerprint != cropped.fingerprint
 
 
@@ -202,9 +203,9 @@ def damage(root: Path) -> list[str]:
 
 def test_unreadable_files_are_left_out_and_named(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     names = damage(root)
-    Image.fromarray(smooth(1, 64, 64)).save(root / "train" / "dog" / "x.jpg")
+    Image.fromarray(smooth(1)).save(root / "train" / "dog" / "x.jpg")
     file = root / "train" / "dog" / "x.jpg"
-    file.write_bytes(file.read_bytes()[:-200])  # a truncated JPEG still has its header
+    file.write_bytes(file.read_bytes()[:-20])  # a truncated JPEG still has its header
     with caplog.at_level(logging.WARNING):
         images = load(root, max_unreadable_fraction=0.2)
     assert images.skipped == (*names, "train/dog/x.jpg")
