@@ -303,3 +303,12 @@ def _reason(error: Exception, path: Path) -> str:
         dangling = error.errno in (errno.ENOENT, errno.ELOOP) and path.is_symlink()
         return "a link that leads nowhere" if dangling else error.strerror
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def compacted(images: Pixels, kept: NDArray[np.int64]) -> Pixels:
+    """Move the rows `kept` (ascending) to the front, in place: `images` may not fit into memory."""
+    if len(kept) < len(images):
+        for start in range(0, len(kept), 1024):
+            rows = kept[start : start + 1024]
+            images[start : start + len(rows)] = images[rows]
+    return images[: len(kept)]

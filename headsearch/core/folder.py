@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from headsearch.core.decoding import Decoded, Pictures, Pixels, decode_file, decode_splits
+from headsearch.core.decoding import Decoded, Pictures, compacted, decode_file, decode_splits
 from headsearch.core.photos import PhotoArray
 from headsearch.core.splits import held_out, stratified_order
 from headsearch.errors import DataError, StorageError
@@ -181,7 +180,7 @@ def read_folder(
         labels = np.array([label for _, label in files[split]], dtype=np.int64)
         readable = np.array([index not in failures for index in range(len(places))], dtype=bool)
         kept = np.flatnonzero(readable)
-        whole = images[kept] if isinstance(images, PhotoArray) else _compact(images, kept)
+        whole = images[kept] if isinstance(images, PhotoArray) else compacted(images, kept)
         splits[split] = Pictures(whole, labels[readable])
     check_skipped(skipped, len(listing), max_unreadable)
     for split in SPLITS[not listing.train :]:
@@ -321,15 +320,6 @@ def _halves(pictures: Pictures, classes: tuple[str, ...]) -> tuple[Pictures, Pic
         )
     parts = [Pictures(pictures.images[rows], pictures.labels[rows]) for rows in (train, test)]
     return parts[0], parts[1]
-
-
-def _compact(images: Pixels, kept: NDArray[np.int64]) -> Pixels:
-    """Move the rows `kept` (ascending) to the front, in place: `images` may not fit into memory."""
-    if len(kept) < len(images):
-        for start in range(0, len(kept), 1024):
-            rows = kept[start : start + 1024]
-            images[start : start + len(rows)] = images[rows]
-    return images[: len(kept)]
 
 
 def _first_side(listing: Listing) -> int:
