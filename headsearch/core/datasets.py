@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,8 @@ class Source:
 
     identity: dict[str, object]
     read: Callable[[Path], Decoded]
-    notes: tuple[str, ...] = ()
-    """What was found and what of it is ignored, lines for people."""
+    notes: Callable[[Sequence[str]], list[str]] = lambda _: []
+    """What was found, used and ignored, lines for people, given the names of unreadable files."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def find_source(config: DataConfig, home: Path) -> Source:
                 scratch,
                 stored_side=config.stored_side,
             ),
-            tuple(listing.lines()),
+            listing.lines,
         )
     dataset = TORCHVISION[config.name]
     root = resolve_root(config.root) if config.root is not None else home / "data"

@@ -7,6 +7,7 @@ import logging
 import os
 import stat
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,14 +78,16 @@ class Listing:
         """All files that are decoded."""
         return [name for name, _ in self.train + self.test] + list(self.unlabelled)
 
-    def lines(self) -> list[str]:
-        """What was found, used and ignored."""
-        used = [f"{len(self.train):,} in train", f"{len(self.test):,} in test"]
+    def lines(self, unreadable: Sequence[str] = ()) -> list[str]:
+        """What was found, used and ignored; `unreadable` are names that turned out to be."""
+        lost = Counter(name.partition("/")[0] for name in unreadable)
+        counts = {"train": len(self.train), "test": len(self.test), UNLABELLED: len(self.unlabelled)}
+        used = ", ".join(f"{n - lost[split]:,} in {split}" for split, n in counts.items() if n)
         found = len(self) + self.ignored.count
-        ignored = f"{self.ignored.count:,} ignored"
-        used += [f"{len(self.unlabelled):,} in {UNLABELLED}"] if self.unlabelled else []
+        images = f"{len(self) - len(unreadable):,} images used ({used})"
+        rest = f"{len(unreadable):,} unreadable, {self.ignored.count:,} ignored"
         return [
-            f"{self.root}: {found:,} entries found; {len(self):,} images used ({', '.join(used)}), {ignored}",
+            f"{self.root}: {found:,} entries found; {images}, {rest}",
             *self.ignored.lines(),
             *self.notes,
         ]

@@ -188,7 +188,7 @@ def load_images(config: DataConfig, *, home: Path) -> ImageSet:
         fingerprint=hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest(),
         skipped=data.skipped,
         mixed=mixed,
-        notes=(*source.notes, *data.notes),
+        notes=(*source.notes(data.skipped), *data.notes),
     )
 
 

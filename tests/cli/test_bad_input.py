@@ -279,8 +279,10 @@ def test_a_few_truncated_images_are_left_out_by_name(
     words = ["study", "create", study, "--set", "data.max_unreadable_fraction=0.1", "--set", "name=chipped"]
     assert run(words) == 0
     said = capsys.readouterr()
+    images = "80 entries found; 78 images used (38 in train, 40 in test), 2 unreadable, 0 ignored"
     assert said.err.splitlines() == [
-        f"left out 2 unreadable images of {world.folder / 'chipped'}: train/cat/0.jpg, train/dog/0.jpg"
+        f"{world.folder / 'chipped'}: {images}",
+        f"left out 2 unreadable images of {world.folder / 'chipped'}: train/cat/0.jpg, train/dog/0.jpg",
     ]
     assert "study chipped made" in said.out
     assert run(["study", "delete", "chipped", "--yes"]) == 0

@@ -42,7 +42,7 @@ def test_everything_that_torchvision_takes_is_taken(root: Path) -> None:
     images = load(root)
     assert images.skipped == ()
     assert images.counts == {"training": 24, "validation": 6, "test": 10, "unlabelled": 0}
-    assert "40 images used (30 in train, 10 in test), 0 ignored" in images.notes[0]
+    assert "40 images used (30 in train, 10 in test), 0 unreadable, 0 ignored" in images.notes[0]
 
 
 def test_what_is_ignored_is_counted_with_its_reason(root: Path) -> None:
