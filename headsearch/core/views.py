@@ -188,14 +188,17 @@ class Views:
     def _make(self, images: Images, count: int, stream: ViewStream, firsts: int | None = None) -> Tensor:
         if not count:
             return self.plain(images)
-        photos = images if isinstance(images, Photos) else None
         if isinstance(stream, Philox):
             if self._kernel is None or isinstance(images, Photos):
                 raise ValueError(
                     f"views on {self.device} of {self.image_size} pixels have no kernel for a Philox"
                 )
             return self._kernel.make(images, count, count if firsts is None else firsts, stream)
-        draws = self.draw(math.ceil(count / 4) * 4, stream, firsts, photos)
+        rounded = math.ceil(count / 4) * 4
+        if isinstance(images, Photos):
+            draws = self.draw(rounded, stream, firsts, images)
+        else:
+            draws = self.draw(rounded, stream, firsts)
         # A generator's views are the same whether the kernel is there or not.
         return (self._apply_fused if self._fused else self._apply_batched)(images, draws)[:count]
 
