@@ -41,6 +41,7 @@ RED, GREEN, BLUE = (float32(weight) for weight in LUMA)
 ZERO, HALF, ONE, TWO, THREE, FOUR, SIX = (float32(x) for x in (0, 0.5, 1, 2, 3, 4, 6))
 TO_UNIT = float32(1 / 255)
 ONE_STEP = uint32(1)
+CUBIC_A, CUBIC_B = float32(1.5), float32(2.5)
 TINY = float32(1e-12)
 SOLARIZE_FROM = float32(128 / 255)
 LOG_RATIO, LOG_SPAN = float32(math.log(RATIO[0])), float32(math.log(RATIO[1]) - math.log(RATIO[0]))
@@ -101,6 +102,67 @@ def crop(
             to_red[x] = red[here] + (red[beside] - red[here]) * part
             to_green[x] = green[here] + (green[beside] - green[here]) * part
             to_blue[x] = blue[here] + (blue[beside] - blue[here]) * part
+
+
+@compiled()
+def cubic_taps(place: int, scale: Any, first: Any, extent: Any, taps: Array) -> int:
+    """Fill `taps` (4,) for one output pixel; return the first input pixel that they weigh.
+
+    `views.cubic_weights` has the formula; taps outside the crop are 0, and the four lie in the image.
+    """
+    at = (float32(place) + HALF) * scale
+    start = int(np.floor(at - HALF)) - 1
+    # Four neighbours in the image; those beyond the crop get no weight.
+    total = ZERO
+    for tap in range(4):
+        pixel = start + tap
+        distance = abs(float32(pixel) + HALF - at)
+        weight = ZERO
+        if 0 <= pixel < extent:
+            if distance < ONE:
+                weight = (CUBIC_A * distance - CUBIC_B) * distance * distance + ONE
+            elif distance < TWO:
+                weight = ((CUBIC_B - HALF * distance) * distance - FOUR) * distance + TWO
+        taps[tap] = weight
+        total += weight
+    for tap in range(4):
+        taps[tap] /= total
+    return start + int(first)
+
+
+@compiled()
+def crop_bicubic(
+    image: Array, box: Array, flip: bool, pixels: Array, row: Array, first: Array, across: Array
+) -> None:
+    """Crop, flip and resize one uint8 image (3, S, S) to floats (3, S, S) in [0, 1], bicubically.
+
+    `row` (S + 6,), `first` (S,) and `across` (4, S) are space to work in.
+    """
+    size = image.shape[1]
+    left, top, width, height = box[0], box[1], box[2], box[3]
+    down = np.empty(4, np.float32)
+    for x in range(size):
+        to = size - 1 - x if flip else x
+        # Three columns of zeros on either side stand for pixels outside the image, whose taps are 0.
+        first[to] = uint32(cubic_taps(x, width / float32(size), left, width, across[:, to]) + 3)
+    row[:] = ZERO
+    for y in range(size):
+        start = cubic_taps(y, height / float32(size), top, height, down)
+        for channel in range(3):
+            inner = row[3 : 3 + size]
+            for x in range(size):
+                inner[x] = ZERO
+            for tap in range(4):
+                if down[tap] != ZERO:
+                    line, weight = image[channel, start + tap], down[tap] * TO_UNIT
+                    for x in range(size):
+                        inner[x] += float32(line[x]) * weight
+            out, second, third, fourth = pixels[channel, y], row[1:], row[2:], row[3:]
+            for x in range(size):
+                at = first[x]
+                value = row[at] * across[0, x] + second[at] * across[1, x]
+                value += third[at] * across[2, x] + fourth[at] * across[3, x]
+                out[x] = min(max(value, ZERO), ONE)
 
 
 @compiled()
@@ -170,6 +232,37 @@ def blur(pixels: Array, weights: Array, spare: Array) -> None:
 
 
 @compiled()
+def blur_repeating(pixels: Array, weights: Array, spare: Array, line: Array) -> None:
+    """Blur (3, S, S) in place by a symmetric kernel of which `weights` is one half, edges repeated.
+
+    `spare` (S, S) and `line` (S + 2 * half,) are space to work in.
+    """
+    size, half = pixels.shape[1], weights.shape[0] - 1
+    reach = half
+    while reach > 0 and weights[reach] == ZERO:
+        reach -= 1
+    for channel in range(3):
+        image, columns = pixels[channel], spare
+        for y in range(size):
+            for x in range(size):
+                columns[y, x] = image[y, x] * weights[0]
+            for tap in range(1, reach + 1):
+                up, down = max(y - tap, 0), min(y + tap, size - 1)
+                for x in range(size):
+                    columns[y, x] += (image[up, x] + image[down, x]) * weights[tap]
+        for y in range(size):
+            for x in range(size):
+                line[half + x] = columns[y, x]
+            for x in range(half):
+                line[x], line[half + size + x] = columns[y, 0], columns[y, size - 1]
+            for x in range(size):
+                image[y, x] = line[half + x] * weights[0]
+            for tap in range(1, reach + 1):
+                for x in range(size):
+                    image[y, x] += (line[half + x - tap] + line[half + x + tap]) * weights[tap]
+
+
+@compiled()
 def finish(
     pixels: Array,
     grayscale: bool,
@@ -212,16 +305,23 @@ def make_rows(
     shift: Array,
     out: Array,
     last: bool,
+    bicubic: bool,
+    repeat: bool,
     rows: tuple[int, int],
 ) -> None:
     """Make the views of draws from `rows[0]` to `rows[1]`; see `make_views`."""
     size = images.shape[2]
+    line, across = np.empty(size + 2 * weights.shape[1] + 6, np.float32), np.empty((4, size), np.float32)
     pixels = np.empty((3, size, size), np.float32)
     spare, wide = np.empty((size, size), np.float32), np.empty((3, size + 1), np.float32)
     first, share = np.empty(size, np.uint32), np.empty(size, np.float32)
     flat = pixels.reshape(3, size * size)
     for i in range(rows[0], rows[1]):
-        crop(images[view[i] % images.shape[0]], box[i], flip[i], pixels, wide, first, share)
+        image = images[view[i] % images.shape[0]]
+        if bicubic:
+            crop_bicubic(image, box[i], flip[i], pixels, line, first, across)
+        else:
+            crop(image, box[i], flip[i], pixels, wide, first, share)
         for position in range(4):
             if i % 4 == position and hue[i] != ZERO:
                 shift_hue(flat, hue[i])
@@ -233,7 +333,10 @@ def make_rows(
                     offset = rest * mean_grey(flat) if operation == 1 else ZERO
                     blend(flat, factor, offset, rest if operation == 2 else ZERO)
         if weights.shape[1] and weights[i, 0] != ONE:
-            blur(pixels, weights[i], spare)
+            if repeat:
+                blur_repeating(pixels, weights[i], spare, line)
+            else:
+                blur(pixels, weights[i], spare)
         finish(flat, grayscale[i], solarize[i], scale, shift, out[view[i]], last)
 
 
@@ -305,19 +408,29 @@ def draw_views(uniform: Tensor, distribution: Distribution, firsts: int) -> Draw
     return draws
 
 
-def make_views(images: Array, draws: tuple[Array, ...], out: Array, *, last: bool, threads: int) -> None:
+def make_views(
+    images: Array,
+    draws: tuple[Array, ...],
+    out: Array,
+    *,
+    last: bool,
+    bicubic: bool = False,
+    repeat: bool = False,
+    threads: int,
+) -> None:
     """Make views into `out`, float32 (V, 3 S S), of uint8 images (B, 3, S, S), on so many threads.
 
     `draws` are arrays of V rows as `views.Draws` has them: view, box, flip, factors, order, hue, grayscale,
     then half of each blur's kernel (V, half + 1), or (V, 0) without, solarize; and the normalisation's scale
-    and shift, (3,) each. A view is stored as (3, S, S), or as (S, S, 3) if channels come `last`.
+    and shift, (3,) each. A view is stored as (3, S, S), or as (S, S, 3) if channels come `last`. Crops are
+    resampled bilinearly or `bicubic`; at the edges the blur reflects pixels or, with `repeat`, repeats them.
     """
     count = len(out)
     parts = max(1, min(threads, count // LEAST_ROWS))
     edges = [count * part // parts for part in range(parts + 1)]
 
     def work(rows: tuple[int, int]) -> None:
-        make_rows(images, *draws, out, last, rows)
+        make_rows(images, *draws, out, last, bicubic, repeat, rows)
 
     others = [_pool(parts - 1).submit(work, rows) for rows in pairwise(edges[1:])]
     work((0, edges[1]))
