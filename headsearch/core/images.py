@@ -113,7 +113,7 @@ class ImageSet:
         )
 
     def normalization(
-        self, kind: Normalization, split: Literal["train", "test"] = "train"
+        self, kind: Normalization, split: Literal["train", "test", "probe"] = "train"
     ) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation per channel, each float32 (3,) in [0, 1] pixel units.
 
@@ -123,11 +123,10 @@ class ImageSet:
         training and validation images together, or with `split` ``test`` over the test images, which that
         paper normalises with their own. They take it before resizing, we at the decoded size. A channel
         without deviation has 1. ``imagenet`` and ``solo-learn`` are constants (`constants`); the latter's are
-        others for the plain and cropped images of its linear probe, with `split` ``test``. Other kinds ignore
-        `split`.
+        others for the images of its linear probe, with `split` ``probe``. Other kinds ignore `split`.
         """
         if kind in ("imagenet", "solo-learn"):
-            given = torch.tensor(constants(kind, self.name, probe=split == "test"))
+            given = torch.tensor(constants(kind, self.name, probe=split == "probe"))
             return tuple(given.to(self.train.images.device))
         if kind == "zscore-schliebitz2024":
             splits = (self.test,) if split == "test" else (self.pretraining, self.validation)
