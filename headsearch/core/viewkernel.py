@@ -12,13 +12,10 @@ infinite, and products and sums may be contracted; no view depends on the others
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from functools import lru_cache
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -29,19 +26,13 @@ from torch import Tensor
 
 from headsearch.core.color import LUMA
 from headsearch.core.draws import ATTEMPTS, RATIO, SIGMA, Distribution, Draws
-from headsearch.home import home_folder
-
-CACHE: Final = "NUMBA_CACHE_DIR"
-if CACHE not in os.environ and not os.access(Path(__file__).parent, os.W_OK):
-    os.environ[CACHE] = str(home_folder() / "cache" / "numba")
-
-import numba  # noqa: E402 - reads where its cache is
+from headsearch.core.machine_code import compiled
+from headsearch.core.pil_kernels import blur_repeating, crop_bicubic
 
 RED, GREEN, BLUE = (float32(weight) for weight in LUMA)
 ZERO, HALF, ONE, TWO, THREE, FOUR, SIX = (float32(x) for x in (0, 0.5, 1, 2, 3, 4, 6))
 TO_UNIT = float32(1 / 255)
 ONE_STEP = uint32(1)
-CUBIC_A, CUBIC_B = float32(1.5), float32(2.5)
 TINY = float32(1e-12)
 SOLARIZE_FROM = float32(128 / 255)
 LOG_RATIO, LOG_SPAN = float32(math.log(RATIO[0])), float32(math.log(RATIO[1]) - math.log(RATIO[0]))
@@ -51,11 +42,6 @@ Array = NDArray[Any]
 
 LEAST_ROWS: Final = 32
 """Views for which another thread is worth its start."""
-
-
-def compiled(*freedoms: str) -> Callable[[Any], Any]:
-    """Compile a function at its first call."""
-    return numba.njit(nogil=True, cache=True, fastmath={"contract", "arcp", "nsz", "nnan", "ninf", *freedoms})
 
 
 @compiled()
@@ -102,67 +88,6 @@ def crop(
             to_red[x] = red[here] + (red[beside] - red[here]) * part
             to_green[x] = green[here] + (green[beside] - green[here]) * part
             to_blue[x] = blue[here] + (blue[beside] - blue[here]) * part
-
-
-@compiled()
-def cubic_taps(place: int, scale: Any, first: Any, extent: Any, taps: Array) -> int:
-    """Fill `taps` (4,) for one output pixel; return the first input pixel that they weigh.
-
-    `views.cubic_weights` has the formula; taps outside the crop are 0, and the four lie in the image.
-    """
-    at = (float32(place) + HALF) * scale
-    start = int(np.floor(at - HALF)) - 1
-    # Four neighbours in the image; those beyond the crop get no weight.
-    total = ZERO
-    for tap in range(4):
-        pixel = start + tap
-        distance = abs(float32(pixel) + HALF - at)
-        weight = ZERO
-        if 0 <= pixel < extent:
-            if distance < ONE:
-                weight = (CUBIC_A * distance - CUBIC_B) * distance * distance + ONE
-            elif distance < TWO:
-                weight = ((CUBIC_B - HALF * distance) * distance - FOUR) * distance + TWO
-        taps[tap] = weight
-        total += weight
-    for tap in range(4):
-        taps[tap] /= total
-    return start + int(first)
-
-
-@compiled()
-def crop_bicubic(
-    image: Array, box: Array, flip: bool, pixels: Array, row: Array, first: Array, across: Array
-) -> None:
-    """Crop, flip and resize one uint8 image (3, S, S) to floats (3, S, S) in [0, 1], bicubically.
-
-    `row` (S + 6,), `first` (S,) and `across` (4, S) are space to work in.
-    """
-    size = image.shape[1]
-    left, top, width, height = box[0], box[1], box[2], box[3]
-    down = np.empty(4, np.float32)
-    for x in range(size):
-        to = size - 1 - x if flip else x
-        # Three columns of zeros on either side stand for pixels outside the image, whose taps are 0.
-        first[to] = uint32(cubic_taps(x, width / float32(size), left, width, across[:, to]) + 3)
-    row[:] = ZERO
-    for y in range(size):
-        start = cubic_taps(y, height / float32(size), top, height, down)
-        for channel in range(3):
-            inner = row[3 : 3 + size]
-            for x in range(size):
-                inner[x] = ZERO
-            for tap in range(4):
-                if down[tap] != ZERO:
-                    line, weight = image[channel, start + tap], down[tap] * TO_UNIT
-                    for x in range(size):
-                        inner[x] += float32(line[x]) * weight
-            out, second, third, fourth = pixels[channel, y], row[1:], row[2:], row[3:]
-            for x in range(size):
-                at = first[x]
-                value = row[at] * across[0, x] + second[at] * across[1, x]
-                value += third[at] * across[2, x] + fourth[at] * across[3, x]
-                out[x] = min(max(value, ZERO), ONE)
 
 
 @compiled()
@@ -229,37 +154,6 @@ def blur(pixels: Array, weights: Array, spare: Array) -> None:
                     if x < tap or x >= size - tap:
                         right = x + tap if x + tap < size else 2 * (size - 1) - x - tap
                         image[y, x] += (columns[y, abs(x - tap)] + columns[y, right]) * weights[tap]
-
-
-@compiled()
-def blur_repeating(pixels: Array, weights: Array, spare: Array, line: Array) -> None:
-    """Blur (3, S, S) in place by a symmetric kernel of which `weights` is one half, edges repeated.
-
-    `spare` (S, S) and `line` (S + 2 * half,) are space to work in.
-    """
-    size, half = pixels.shape[1], weights.shape[0] - 1
-    reach = half
-    while reach > 0 and weights[reach] == ZERO:
-        reach -= 1
-    for channel in range(3):
-        image, columns = pixels[channel], spare
-        for y in range(size):
-            for x in range(size):
-                columns[y, x] = image[y, x] * weights[0]
-            for tap in range(1, reach + 1):
-                up, down = max(y - tap, 0), min(y + tap, size - 1)
-                for x in range(size):
-                    columns[y, x] += (image[up, x] + image[down, x]) * weights[tap]
-        for y in range(size):
-            for x in range(size):
-                line[half + x] = columns[y, x]
-            for x in range(half):
-                line[x], line[half + size + x] = columns[y, 0], columns[y, size - 1]
-            for x in range(size):
-                image[y, x] = line[half + x] * weights[0]
-            for tap in range(1, reach + 1):
-                for x in range(size):
-                    image[y, x] += (line[half + x - tap] + line[half + x + tap]) * weights[tap]
 
 
 @compiled()
