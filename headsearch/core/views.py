@@ -214,6 +214,8 @@ class Views:
 
     def _load_kernel(self) -> cuda_views.FusedViews | None:
         half = kernel_size(self.image_size) // 2 if self._blurs else 0
+        if self.config.interpolation != "bilinear" or (self._blurs and self.config.blur_kernel != "tenth"):
+            return None  # the kernel has neither: whole batches, by torch's operations
         if self.dtype not in cuda_views.DTYPES or not cuda_views.supported(self.image_size, half):
             return None
         launcher = cuda_views.load(self.device)
