@@ -63,7 +63,12 @@ _SOLO_LARS: Tree = {
 }
 
 
-_CIFAR_PROBE: Tree = {"offline": "lars", "offline_learning_rate": 0.3, "offline_epochs": 50}
+_CIFAR_PROBE: Tree = {
+    "offline": "lars",
+    "offline_learning_rate": 0.3,
+    "offline_batch_size": 256,
+    "offline_epochs": 50,
+}
 _IMAGENET_PROBE: Tree = {"offline": "sgd", "offline_epochs": 100}
 
 
@@ -122,7 +127,7 @@ RECIPES: Mapping[str, Recipe] = {
             batch=256,
             probe={
                 "online_learning_rate": 0.1,
-                "offline": "lars",
+                **_CIFAR_PROBE,
                 "offline_learning_rate": 0.4,
                 "offline_epochs": 200,
             },
@@ -176,7 +181,12 @@ RECIPES: Mapping[str, Recipe] = {
             },
             "barlow-twins",
             batch=512,
-            probe={"online_learning_rate": 0.1, "offline_learning_rate": 0.1, **_IMAGENET_PROBE},
+            probe={
+                "online_learning_rate": 0.1,
+                "offline_learning_rate": 0.1,
+                "offline_batch_size": 256,
+                **_IMAGENET_PROBE,
+            },
             stem="imagenet",
         ),
     ),
@@ -250,7 +260,7 @@ RECIPES: Mapping[str, Recipe] = {
         "ResNet-18, SGD, half jitter, little grayscale, no blur; its rate for 100 epochs, 0.03 for 1,000",
         {
             "views": {**_HALF_VIEWS, "crop_scale_min": 0.2, "grayscale_probability": 0.1},
-            "encoder": {"name": "resnet18", "stem": "cifar"},
+            "encoder": {"name": "resnet18", "stem": "cifar", "initialisation": "fan-out-but-stem"},
             "head": {"kind": "mlp", "depth": 2, "width": 1024, "projection_dim": 128},
             "objective": {"kind": "nt-xent", "temperature": 0.5, "scale": 1.0},
             "optimizer": {
