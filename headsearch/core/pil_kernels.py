@@ -22,6 +22,16 @@ CUBIC_A, CUBIC_B = float32(1.5), float32(2.5)
 
 
 @compiled()
+def cubic(distance: Any) -> Any:
+    """Catmull-Rom's kernel, a = -0.5."""
+    if distance < ONE:
+        return (CUBIC_A * distance - CUBIC_B) * distance * distance + ONE
+    if distance < TWO:
+        return ((CUBIC_B - HALF * distance) * distance - FOUR) * distance + TWO
+    return ZERO
+
+
+@compiled()
 def cubic_taps(place: int, scale: Any, first: Any, extent: Any, taps: Array) -> int:
     """Fill `taps` (4,) for one output pixel; return the first input pixel that they weigh.
 
@@ -34,12 +44,7 @@ def cubic_taps(place: int, scale: Any, first: Any, extent: Any, taps: Array) -> 
     for tap in range(4):
         pixel = start + tap
         distance = abs(float32(pixel) + HALF - at)
-        weight = ZERO
-        if 0 <= pixel < extent:
-            if distance < ONE:
-                weight = (CUBIC_A * distance - CUBIC_B) * distance * distance + ONE
-            elif distance < TWO:
-                weight = ((CUBIC_B - HALF * distance) * distance - FOUR) * distance + TWO
+        weight = cubic(distance) if 0 <= pixel < extent else ZERO
         taps[tap] = weight
         total += weight
     for tap in range(4):

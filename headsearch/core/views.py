@@ -26,7 +26,7 @@ from headsearch.config import ViewsConfig
 from headsearch.core import cuda_views
 from headsearch.core.color import blend_, luma, shift_hue_
 from headsearch.core.draws import NUMBERS, SOLARIZE_FROM, Distribution, Draws
-from headsearch.core.photos import Images, Photos
+from headsearch.core.photos import Images, Photos, cubic
 from headsearch.core.randomness import Philox, derive_seed
 from headsearch.core.randomness import generator as seeded
 
@@ -172,19 +172,22 @@ class Views:
         arrays = tuple(part.contiguous().numpy() for part in parts)
         out = torch.empty(len(draws), size, size, 3) if last else torch.empty(len(draws), 3, size, size)
         flat, threads = out.flatten(1).numpy(), torch.get_num_threads()
+        bicubic, repeat = self.config.interpolation == "bicubic", self.config.blur_kernel == "pil"
         if isinstance(images, Photos):
             from headsearch.core.photo_kernel import make_photo_views
 
             rest = (arrays[0], *arrays[2:])
-            make_photo_views(images, draws.box, rest, flat, last=last, threads=threads)
+            make_photo_views(
+                images, draws.box, rest, flat, last=last, bicubic=bicubic, repeat=repeat, threads=threads
+            )
         else:
             make_views(
                 images.contiguous().numpy(),
                 arrays,
                 flat,
                 last=last,
-                bicubic=self.config.interpolation == "bicubic",
-                repeat=self.config.blur_kernel == "pil",
+                bicubic=bicubic,
+                repeat=repeat,
                 threads=threads,
             )
         return (out.permute(0, 3, 1, 2) if last else out).to(self.dtype)
@@ -233,7 +236,7 @@ class Views:
     def _crop(self, images: Images, draws: Draws) -> Tensor:
         """Crop, flip and resize uint8 images (V, 3, S, S) to floats in [0, 1] of the same shape."""
         if isinstance(images, Photos):
-            return images.crop(draws.box, draws.flip)
+            return images.crop(draws.box, draws.flip, bicubic=self.config.interpolation == "bicubic")
         size = self.image_size
         if self.config.interpolation == "bicubic":
             pixels = images.float().mul_(1 / 255)
@@ -322,10 +325,7 @@ def cubic_weights(size: int, box: Tensor, axis: Literal[0, 1]) -> Tensor:
     at = (place + 0.5)[:, None] * (extent / size) + origin
     distance = (place + 0.5 - at).abs()
     inside = (place >= origin) & (place < origin + extent)
-    near = (1.5 * distance - 2.5) * distance.square() + 1
-    far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
-    weights = torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
-    weights = torch.where(inside, weights, 0.0)
+    weights = torch.where(inside, cubic(distance), 0.0)
     return weights / weights.sum(2, keepdim=True)
 
 
