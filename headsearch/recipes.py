@@ -2,12 +2,14 @@
 
 A recipe is everything around a head as its authors have it: views, encoder, loss scale, temperature,
 optimizer, batch, and their own head. Libraries differ in loss scale, batch norm in the head, temperature,
-jitter strength and blur, so that every recipe of theirs pins all five; and in whether both views share a
-batch. Two things of solo-learn's are otherwise here: its warm-up divides by one step fewer, and its online
-probe warms up from the same rate as the encoder, where ours scales it.
+jitter strength and blur, so that every recipe of theirs pins all five; in whether both views share a batch;
+and in what surrounds them: pixels, crops, initialisation, LARS. studies/README.md has every field beside its
+source's, with the differences that stay.
 
 In a configuration the recipe comes first, the system over it, and what is given beside them over both. A
 table of another ``kind`` replaces one whole.
+
+Recipes were mended once. Studies from before are of edition 1, and mean what they meant.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from typing import Any, Final
 from headsearch.fields import guess
 from headsearch.systems import LIGHTLY_HEAD, SYSTEMS, Tree
 
+EDITION: Final = 2
+"""Of the recipes as they stand here."""
 KIND_DEFAULTS: Final = {"head": "mlp", "objective": "nt-xent", "scheme": "joint"}
 """Kinds of tables that come in several, where none is given."""
 
@@ -42,30 +46,45 @@ _FULL_VIEWS: Tree = {
     "grayscale_probability": 0.2,
     "blur_probability": 0.5,
 }
+_PIL: Tree = {"blur_kernel": "pil", "interpolation": "bicubic"}
 _HALF_VIEWS: Tree = {**_FULL_VIEWS, "jitter_strength": 0.5, "blur_probability": 0.0}
 _BARLOW_VIEWS: Tree = {**_HALF_VIEWS, "saturation": 0.4}
 _SOLO_LARS: Tree = {
     "name": "lars",
     "momentum": 0.9,
     "weight_decay": 1e-4,
+    "lars_form": "solo-learn",
     "trust_coefficient": 0.02,
     "clip": True,
     "warmup_epochs": 10,
+    "warmup_peak": "last_step",
     "warmup_start": 3e-5,
     "final_learning_rate_ratio": 0.0,
 }
 
 
-def _solo(rate: float, views: Tree, system: str, *, batch: int, probe: float, stem: str, **head: Any) -> Tree:
+_CIFAR_PROBE: Tree = {
+    "offline": "lars",
+    "offline_learning_rate": 0.3,
+    "offline_batch_size": 256,
+    "offline_epochs": 50,
+}
+_IMAGENET_PROBE: Tree = {"offline": "sgd", "offline_epochs": 100}
+
+
+def _solo(rate: float, views: Tree, system: str, *, batch: int, probe: Tree, stem: str, **head: Any) -> Tree:
     tree = SYSTEMS[system].tree
+    # solo-learn puts a convolution of torch's own initialisation into torchvision's network
+    initialisation = "fan-out" if stem == "imagenet" else "fan-out-but-stem"
     return {
-        "views": views,
-        "encoder": {"name": "resnet18", "stem": stem},
+        "data": {"normalization": "solo-learn"},
+        "views": {**views, **_PIL},
+        "encoder": {"name": "resnet18", "stem": stem, "initialisation": initialisation},
         "head": {**tree["head"], **head},
         "objective": tree["objective"],
         "optimizer": {**_SOLO_LARS, "learning_rate": rate},
         "training": {"batch_size": batch, "encode_views": "apart"},
-        "probe": {"online_learning_rate": probe},
+        "probe": probe,
     }
 
 
@@ -89,14 +108,31 @@ RECIPES: Mapping[str, Recipe] = {
                 "final_learning_rate_ratio": 0.02,
                 "schedule": "epoch",
             },
-            "training": {"batch_size": 1280, "precision": "fp32", "keep": "best_validation_loss"},
+            "training": {
+                "batch_size": 1280,
+                "encode_views": "apart",
+                "precision": "fp32",
+                "keep": "best_validation_loss",
+            },
         },
     ),
     "ouyang2025-simclr-cifar": Recipe(
         "Ouyang et al. 2025",
         200,
         "ResNet-18, LARS with clipping; solo-learn's recipe, which has 1,000 epochs",
-        _solo(0.4, _FULL_VIEWS, "ouyang2025-simclr", batch=256, probe=0.1, stem="cifar-pad2"),
+        _solo(
+            0.4,
+            _FULL_VIEWS,
+            "ouyang2025-simclr",
+            batch=256,
+            probe={
+                "online_learning_rate": 0.1,
+                **_CIFAR_PROBE,
+                "offline_learning_rate": 0.4,
+                "offline_epochs": 200,
+            },
+            stem="cifar-pad2",
+        ),
     ),
     "ouyang2025-barlow-cifar": Recipe(
         "Ouyang et al. 2025",
@@ -107,7 +143,7 @@ RECIPES: Mapping[str, Recipe] = {
             {**_BARLOW_VIEWS, "second_solarize_probability": 0.2},
             "barlow-twins",
             batch=256,
-            probe=0.15,
+            probe={"online_learning_rate": 0.15, **_CIFAR_PROBE},
             stem="cifar-pad2",
         ),
     ),
@@ -120,7 +156,12 @@ RECIPES: Mapping[str, Recipe] = {
             _FULL_VIEWS,
             "ouyang2025-simclr",
             batch=256,
-            probe=0.1,
+            probe={
+                "online_learning_rate": 0.1,
+                "offline_learning_rate": 1.0,
+                "offline_batch_size": 512,
+                **_IMAGENET_PROBE,
+            },
             stem="imagenet",
             width=4096,
             projection_dim=512,
@@ -140,21 +181,34 @@ RECIPES: Mapping[str, Recipe] = {
             },
             "barlow-twins",
             batch=512,
-            probe=0.1,
+            probe={
+                "online_learning_rate": 0.1,
+                "offline_learning_rate": 0.1,
+                "offline_batch_size": 256,
+                **_IMAGENET_PROBE,
+            },
             stem="imagenet",
         ),
     ),
     "google-research-cifar10": Recipe(
         "google-research/simclr",
         1000,
-        "ResNet-18, LARS, loss a sum of two means, no blur; crops bilinear here, bicubic there",
+        "ResNet-18, LARS, loss a sum of two means, no blur",
         {
-            "views": _HALF_VIEWS,
-            "encoder": {"name": "resnet18", "stem": "cifar"},
+            "data": {"normalization": "none"},
+            "views": {**_HALF_VIEWS, "interpolation": "bicubic"},
+            "encoder": {
+                "name": "resnet18",
+                "stem": "cifar",
+                "initialisation": "fan-in-truncated",
+                "zero_last_norm": True,
+                "first_shortcut": "projection",
+            },
             "head": SYSTEMS["google-research-3"].tree["head"],
             "objective": {"kind": "nt-xent", "temperature": 0.5, "scale": 2.0},
             "optimizer": {
                 "name": "lars",
+                "lars_form": "google-research",
                 "learning_rate": 1.0,
                 "momentum": 0.9,
                 "weight_decay": 1e-4,
@@ -167,16 +221,24 @@ RECIPES: Mapping[str, Recipe] = {
     "solo-learn-cifar": Recipe(
         "solo-learn",
         1000,
-        "ResNet-18, LARS with clipping, full jitter and blur; crops bilinear here, bicubic there",
-        _solo(0.4, _FULL_VIEWS, "ouyang2025-simclr", batch=256, probe=0.1, stem="cifar-pad2"),
+        "ResNet-18, LARS with clipping, full jitter and blur",
+        _solo(
+            0.4,
+            _FULL_VIEWS,
+            "ouyang2025-simclr",
+            batch=256,
+            probe={"online_learning_rate": 0.1, **_CIFAR_PROBE},
+            stem="cifar-pad2",
+        ),
     ),
     "lightly-cifar10": Recipe(
         "lightly",
         200,
         "its CIFAR-10 benchmark: ResNet-18, SGD, half jitter, no blur",
         {
+            "data": {"normalization": "imagenet"},
             "views": _HALF_VIEWS,
-            "encoder": {"name": "resnet18", "stem": "cifar"},
+            "encoder": {"name": "resnet18", "stem": "cifar", "initialisation": "torch"},
             "head": LIGHTLY_HEAD,
             "objective": {"kind": "nt-xent", "temperature": 0.5, "scale": 1.0},
             "optimizer": {
@@ -186,6 +248,8 @@ RECIPES: Mapping[str, Recipe] = {
                 "weight_decay": 5e-4,
                 "decay_all": True,
                 "warmup_epochs": 0.0,
+                "final_learning_rate_ratio": 0.0,
+                "schedule": "epoch",
             },
             "training": {"batch_size": 128, "encode_views": "apart"},
         },
@@ -196,7 +260,7 @@ RECIPES: Mapping[str, Recipe] = {
         "ResNet-18, SGD, half jitter, little grayscale, no blur; its rate for 100 epochs, 0.03 for 1,000",
         {
             "views": {**_HALF_VIEWS, "crop_scale_min": 0.2, "grayscale_probability": 0.1},
-            "encoder": {"name": "resnet18", "stem": "cifar"},
+            "encoder": {"name": "resnet18", "stem": "cifar", "initialisation": "fan-out-but-stem"},
             "head": {"kind": "mlp", "depth": 2, "width": 1024, "projection_dim": 128},
             "objective": {"kind": "nt-xent", "temperature": 0.5, "scale": 1.0},
             "optimizer": {
@@ -215,6 +279,31 @@ RECIPES: Mapping[str, Recipe] = {
 }
 
 
+FORMER_DEFAULTS: Final[Tree] = {
+    "data": {"normalization": "none"},
+    "views": {"blur_kernel": "tenth", "interpolation": "bilinear"},
+    "encoder": {"initialisation": "fan-out", "zero_last_norm": False, "first_shortcut": "identity"},
+    "optimizer": {"lars_form": "you2017", "warmup_peak": "next_step"},
+    "probe": {
+        "offline": "lars-without-warmup",
+        "offline_learning_rate": 0.3,
+        "offline_batch_size": 256,
+        "offline_epochs": 50,
+    },
+}
+"""What edition 1 had in every recipe, and in protocol `ouyang2025` without one."""
+FORMER: Final[Mapping[str, Tree]] = {
+    "schliebitz2024": {"training": {"encode_views": "together"}},
+    "lightly-cifar10": {"optimizer": {"schedule": "step"}},
+}
+"""What else it had in some."""
+
+
+def has_editions(tree: Mapping[str, Any]) -> bool:
+    """Say whether a trial's configuration depends on the edition: it names a recipe, or trains that probe."""
+    return bool(_name(tree, "recipe")) or tree.get("protocol") == "ouyang2025"
+
+
 def unknown(field: str, name: str) -> str | None:
     """What to say of a system or recipe that there is none of; None where there is."""
     known = SYSTEMS if field == "system" else RECIPES
@@ -222,10 +311,15 @@ def unknown(field: str, name: str) -> str | None:
 
 
 def expanded(raw: Mapping[str, Any]) -> Tree:
-    """`raw`, part of a trial's configuration, over what its recipe and system set, kinds filled in."""
+    """`raw`, part of a trial's configuration, over what its recipe and system set, kinds filled in.
+
+    The recipe is as `edition`, 1 or 2, had it.
+    """
     tree: Tree = {}
-    recipe, system = RECIPES.get(_name(raw, "recipe")), SYSTEMS.get(_name(raw, "system"))
-    for part in (recipe.tree if recipe else {}, system.tree if system else {}, raw):
+    name = _name(raw, "recipe")
+    recipe, system = RECIPES.get(name), SYSTEMS.get(_name(raw, "system"))
+    former = (FORMER_DEFAULTS, FORMER.get(name, {})) if raw.get("edition") == 1 else ()
+    for part in (recipe.tree if recipe else {}, *former, system.tree if system else {}, raw):
         tree = _over(tree, part)
     for table, kind in KIND_DEFAULTS.items():
         if isinstance(tree.get(table), dict):

@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError, ValidationInfo, model_validator
 from headsearch import space as spaces
 from headsearch.config import Config, Protocol, TrialConfig, flatten, set_path
 from headsearch.fields import explain, fields_at
+from headsearch.recipes import has_editions
 from headsearch.resilience import Lease, WorkerSpec
 from headsearch.space import Params, Space
 
@@ -240,12 +241,16 @@ class StudySpec(Config):
         return [(point, seed) for seed in self.seeds for point in listed]
 
     def trial_tree(self, params: Params, seed: int) -> dict[str, Any]:
-        """What is given of a trial's configuration: base, then the point, then what the study itself sets."""
+        """What is given of a trial's configuration: base, then the point, then what the study itself sets.
+
+        A spec that does not say its edition, though it matters, was stored before there were two.
+        """
         tree: dict[str, Any] = json.loads(json.dumps(self.base))
         for path, value in params.items():
             set_path(tree, path, value)
         set_path(tree, "training.epochs", self.budget.epochs)
-        return {**tree, "seed": seed, "protocol": self.protocol}
+        tree |= {"seed": seed, "protocol": self.protocol}
+        return {"edition": 1, **tree} if has_editions(tree) else tree
 
     def trial_config(self, params: Params, seed: int) -> TrialConfig:
         """The configuration of one trial."""

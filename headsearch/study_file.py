@@ -13,7 +13,7 @@ from headsearch import space as spaces
 from headsearch.config import TrialConfig, set_path
 from headsearch.errors import SpecError
 from headsearch.fields import explain, guess
-from headsearch.recipes import KIND_DEFAULTS
+from headsearch.recipes import EDITION, KIND_DEFAULTS
 from headsearch.spec import StudySpec
 
 
@@ -37,11 +37,29 @@ def load_study(path: Path, overrides: Iterable[str] = (), *, check_points: bool 
 
 
 def parse_study(tree: dict[str, Any], *, source: str, check_points: bool = True) -> StudySpec:
-    """Check plain data; `source` begins the message."""
+    """Check plain data of a new study; `source` begins the message.
+
+    What depends on the edition of the recipes is of today's, unless the data say another.
+    """
     try:
-        return StudySpec.model_validate(tree, context={"check_points": check_points})
+        return StudySpec.model_validate(_with_edition(tree), context={"check_points": check_points})
     except ValidationError as error:
         raise SpecError(f"{source}: {explain(error, StudySpec)}") from None
+
+
+def _with_edition(tree: dict[str, Any]) -> dict[str, Any]:
+    base = tree.get("base", {})
+    if not isinstance(base, dict) or "edition" in base:
+        return tree
+    space, points = tree.get("space", {}), tree.get("points", ())
+    named = [part for part in (base, space, *points) if isinstance(part, dict)] if _is_list(points) else []
+    if any("recipe" in part for part in named) or tree.get("protocol") == "ouyang2025":
+        return {**tree, "base": {"edition": EDITION, **base}}
+    return tree
+
+
+def _is_list(points: object) -> bool:
+    return isinstance(points, list | tuple)
 
 
 def one_point(spec: StudySpec, overrides: Iterable[str] = (), *, seed: int | None = None) -> TrialConfig:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,14 +12,14 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from headsearch.config import AlternatingScheme, BarlowTwinsObjective, MlpHead, NoHead, TrialConfig
+from headsearch.config import AlternatingScheme, BarlowTwinsObjective, MlpHead, NoHead, TrialConfig, flatten
 from headsearch.core.benchmark import noise
 from headsearch.core.learner import build_learner
 from headsearch.core.optimizers import learning_rate
 from headsearch.core.steps import STEPS, Batch
 from headsearch.errors import SpecError
 from headsearch.recipes import RECIPES
-from headsearch.spec import StudySpec
+from headsearch.spec import StudySpec, differences
 from headsearch.study_file import load_study, one_point, parse_study
 from headsearch.systems import SYSTEMS
 
@@ -250,3 +252,55 @@ def test_dkobaks_steps_are_plain_torchs(tmp_path: Path) -> None:
         )
     for name, value in plain.head.state_dict().items():
         torch.testing.assert_close(learner.head.state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+FORMER: dict[str, dict[str, Any]] = json.loads(
+    (Path(__file__).parent / "recipes_of_edition_1.json").read_text()
+)
+"""What each recipe set, before there were editions; and, under no name, the whole default configuration."""
+
+
+@pytest.mark.parametrize("name", FORMER)
+def test_edition_1_is_what_stored_studies_meant(name: str) -> None:
+    default = FORMER[""]
+    if not name:
+        made = flatten(config(protocol="ouyang2025", edition=1).model_dump(mode="json"))
+        assert {path: made[path] for path in default} == default
+        return
+    epochs = FORMER[name].get("training.epochs", 12)
+    spec = StudySpec.model_validate(
+        {**STUDY, "base": {"recipe": name}, "space": {"head.dropout": [0.0]}, "budget": {"epochs": epochs}}
+    )
+    made = flatten(spec.trial_config({}, 0).model_dump(mode="json"))
+    assert made["edition"] == 1
+    assert {path: made[path] for path in FORMER[name]} == FORMER[name]
+    others = default.keys() - FORMER[name].keys() - {"protocol"}
+    kept = {path for path in others if path in made and made[path] != default[path]}
+    assert not kept
+    assert made["optimizer.lars_form"] == "you2017"
+    assert made["views.blur_kernel"] == "tenth"
+
+
+def new_study(**changes: Any) -> StudySpec:
+    return parse_study({**STUDY, **changes}, source="file")
+
+
+def test_a_new_study_writes_its_edition_down_where_it_matters() -> None:
+    assert "edition" not in new_study().base
+    assert new_study(base={"recipe": "lightly-cifar10"}).base["edition"] == 2
+    assert new_study(space={"recipe": ["lightly-cifar10"]}).base["edition"] == 2
+    assert new_study(protocol="ouyang2025").base["edition"] == 2
+    points = [{"recipe": "lightly-cifar10"}, {"recipe": "solo-learn-cifar"}]
+    assert new_study(mode="points", points=points, space={}).base["edition"] == 2
+    assert new_study(base={"recipe": "lightly-cifar10", "edition": 1}).base["edition"] == 1
+    spec = new_study(base={"recipe": "lightly-cifar10"})
+    assert StudySpec.model_validate(spec.to_json()) == spec
+    assert spec.trial_config({}, 0).encoder.initialisation == "torch"
+    assert spec.trial_config({}, 0).data.normalization == "imagenet"
+
+
+def test_a_stored_study_and_the_same_file_today_differ_by_the_edition_alone() -> None:
+    tree = {**STUDY, "base": {"recipe": "solo-learn-cifar"}}
+    assert differences(StudySpec.model_validate(tree), parse_study(tree, source="file")) == [
+        "base.edition: (none) -> 2"
+    ]

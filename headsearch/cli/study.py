@@ -141,19 +141,24 @@ def compare(
     as_json: Json = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+    across: Annotated[
+        list[str] | None,
+        typer.Option(metavar="WHAT", help="Rank studies that differ in epochs, probe or software."),
+    ] = None,
 ) -> None:
     """Rank all points of one or several studies, each the mean of its seeds.
 
     Studies of different protocols, or on different images, are refused: their numbers mean different things.
     """
     from headsearch.report.comparison import (
-        compare as ranked,
-    )
-    from headsearch.report.comparison import (
+        ACROSS,
         comparison_captions,
         comparison_csv,
         comparison_json,
         comparison_table,
+    )
+    from headsearch.report.comparison import (
+        compare as ranked,
     )
     from headsearch.runtime.bundled import study_name
     from headsearch.runtime.session import open_session
@@ -161,10 +166,12 @@ def compare(
 
     if as_json + as_csv + markdown > 1:
         raise typer.BadParameter("--json, --csv and --markdown: give one of the three")
+    if unknown := set(across or ()) - set(ACROSS):
+        raise typer.BadParameter(f"--across: {min(unknown)!r} is not one of {', '.join(ACROSS)}")
     wanted = list(dict.fromkeys(study_name(name) for name in names))
     with open_session() as session:
         snapshots = [read(session.database, name) for name in wanted]
-    found = ranked(snapshots)
+    found = ranked(snapshots, across or ())
     table = comparison_table(snapshots, found)
     if as_json:
         emit(comparison_json(snapshots, found))

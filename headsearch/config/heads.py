@@ -18,7 +18,7 @@ class Head(Config):
     levels: int = Field(default=0, ge=0, le=10_000)
     """Discretise the projections to this many levels per dim before the loss (Ouyang et al. 2025); 0 leaves
     them as they are. Small projections all round to zero: few levels need a head whose outputs are near 1,
-    and 2 levels learn nothing from torch's initialisation."""
+    and 2 levels learn nothing from torch's initialisation: all projections are 0, and so is the gradient."""
 
     @model_validator(mode="after")
     def _two_levels(self) -> Self:

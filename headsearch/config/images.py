@@ -11,7 +11,7 @@ from headsearch.config.part import Config, Fraction
 DatasetName = Literal[
     "digits", "cifar10", "cifar100", "stl10", "fashion-mnist", "imagenette", "fgvc-aircraft", "folder"
 ]
-Normalization = Literal["none", "zscore", "zscore-schliebitz2024"]
+Normalization = Literal["none", "zscore", "zscore-schliebitz2024", "imagenet", "solo-learn"]
 
 
 class DataConfig(Config):
@@ -50,7 +50,8 @@ class DataConfig(Config):
     normalization: Normalization = "none"
     """`none` keeps pixels in [0, 1]; `zscore` subtracts each channel's mean and divides by its standard
     deviation, both taken from the training images; `zscore-schliebitz2024` takes means over images of each
-    image's own two figures, validation images included, as that paper does."""
+    image's own two figures, validation images included, as that paper does; `imagenet` has ImageNet's
+    constants (lightly); `solo-learn` has that library's constants for CIFAR and STL-10, else ImageNet's."""
     max_unreadable_fraction: Fraction = 0.01
     """A folder with a larger share of unreadable images is refused; fewer are left out and named."""
 
@@ -84,7 +85,13 @@ class ViewsConfig(Config):
     grayscale_probability: Fraction = 0.2
     """Probability that a view loses its colour."""
     blur_probability: Fraction = 0.0
-    """Probability of a Gaussian blur with sigma drawn from U(0.1, 2) and a kernel of a tenth of the image."""
+    """Probability of a Gaussian blur with sigma drawn from U(0.1, 2)."""
+    blur_kernel: Literal["tenth", "pil"] = "tenth"
+    """`tenth`: as many taps as a tenth of the image (google-research/simclr, simclr-ae), 3 at 32 pixels: they
+    blur by a sigma of 0.8 at most; edges reflected. `pil`: Pillow's GaussianBlur (solo-learn, lightly), three
+    extended box filters of the whole sigma; edges repeated."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """How crops are resampled. `bicubic` is Pillow's and torchvision's (a = -0.5), clipped to [0, 1]."""
     solarize_probability: Fraction = 0.0
     """Probability that pixels of at least half the brightness are inverted."""
     second_blur_probability: Fraction | None = None

@@ -52,7 +52,22 @@ class ProbeConfig(Config):
     online_learning_rate: float = Field(default=0.1, gt=0.0)
     """Per 256 images (as it stands for `adamw`), of the probe that protocol `ouyang2025` trains along with
     the encoder: on detached features, without decay, one step a batch whatever the scheme."""
+    offline: Literal["lars", "sgd", "lars-without-warmup"] = "lars"
+    """How protocol `ouyang2025` trains its second probe, on the frozen encoder. `lars`: clipped LARS, weight
+    decay 1e-4, 10 epochs of warm-up (a fifth of a training of less than 50), then a cosine
+    (Projector_Theory, scripts/linear/cifar). `sgd`: momentum 0.9, no decay, a tenth of the rate from 60 % and
+    again from 80 % of the epochs (scripts/linear/imagenet-100). `lars-without-warmup`: neither clip, decay
+    nor warm-up, as studies of edition 1 had it."""
     offline_learning_rate: float = Field(default=0.3, gt=0.0)
-    """Per 256 images, of the probe that protocol `ouyang2025` trains on the frozen encoder."""
+    """Per 256 images, of that probe."""
+    offline_batch_size: int = Field(default=256, ge=2)
+    """Images a step of that probe."""
     offline_epochs: int = Field(default=50, ge=1)
     """Passes of that probe over the training images, cropped and flipped."""
+    knn_neighbours: int = Field(default=20, ge=1)
+    """k of the kNN classifier; lightly's is 200."""
+    knn_temperature: float = Field(default=0.07, gt=0.0)
+    """Divides cosine similarities, whose exponentials are the neighbours' votes; lightly's is 0.1."""
+    knn_train: Literal["report", "all"] = "report"
+    """Whose neighbours: of the report's training images, or of the whole training split, as lightly's. `all`
+    encodes that split after every epoch, and also scores kNN on all validation and test images at the end."""

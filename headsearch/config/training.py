@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from headsearch.config.part import Config, Fraction
 
 EncoderName = Literal["small-resnet", "resnet18", "resnet34", "resnet50"]
+LarsForm = Literal["you2017", "google-research", "solo-learn"]
 
 
 class EncoderConfig(Config):
@@ -24,6 +25,17 @@ class EncoderConfig(Config):
     3x3 stem."""
     pretrained: bool = False
     """Start from torchvision's ImageNet weights (not for `small-resnet`; needs the ImageNet stem)."""
+    initialisation: Literal["fan-out", "fan-out-but-stem", "torch", "fan-in-truncated"] = "fan-out"
+    """Of the convolutions, but for `small-resnet`, which has torch's own. `fan-out` is torchvision's
+    (Kaiming normal); `fan-out-but-stem` leaves a CIFAR stem at torch's own, as solo-learn does; `torch`
+    leaves all at it (lightly's ResNet); `fan-in-truncated` is a truncated normal of variance 1 / fan-in
+    (google-research/simclr)."""
+    zero_last_norm: bool = False
+    """Scale of each residual block's last norm starts at 0, so that blocks start as identities
+    (google-research/simclr)."""
+    first_shortcut: Literal["identity", "projection"] = "identity"
+    """Shortcut of the first block of the first stage of the basic ResNets, where shapes fit as they are:
+    google-research/simclr puts a 1x1 convolution and a norm there, as at the head of every stage."""
 
     @model_validator(mode="after")
     def _pretrained_fits(self) -> Self:
@@ -31,6 +43,12 @@ class EncoderConfig(Config):
             raise ValueError(
                 "encoder.pretrained: needs encoder.name = resnet18, resnet34 or resnet50 "
                 'and encoder.stem = "imagenet"'
+            )
+        changed = self.initialisation != "fan-out" or self.zero_last_norm
+        if self.pretrained and (changed or self.first_shortcut != "identity"):
+            raise ValueError(
+                "encoder.pretrained: weights come from ImageNet; leave encoder.initialisation, "
+                "encoder.zero_last_norm and encoder.first_shortcut at their defaults"
             )
         return self
 
@@ -86,10 +104,15 @@ class OptimizerConfig(Config):
     """Of `lars`: eta. solo-learn's is 0.02."""
     clip: bool = False
     """Of `lars`: a layer's rate is at most the learning rate (solo-learn's clip_lr, LARC)."""
+    lars_form: LarsForm = "you2017"
+    """Of `lars`: whose update. `you2017` is the paper's algorithm 1; `google-research` takes the norm of the
+    decayed gradient; `solo-learn` (and lightly) applies the learning rate after the momentum."""
     warmup_epochs: float = Field(default=0.0, ge=0.0)
     """Linear warm-up, then a cosine to `final_learning_rate_ratio`."""
     warmup_start: float = Field(default=0.0, ge=0.0)
     """Learning rate at the first step of the warm-up, not scaled by the batch size."""
+    warmup_peak: Literal["next_step", "last_step"] = "next_step"
+    """Where the warm-up is at its peak: at the first step after it, or at its last (solo-learn)."""
     final_learning_rate_ratio: Fraction = 0.0
     """Learning rate at the end, as a share of its peak."""
     schedule: Literal["step", "epoch"] = "step"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -19,7 +19,7 @@ from headsearch.config.training import (
     SchemeConfig,
     TrainingConfig,
 )
-from headsearch.recipes import RECIPES, expanded, unknown
+from headsearch.recipes import EDITION, RECIPES, expanded, unknown
 from headsearch.systems import SYSTEMS
 
 
@@ -32,6 +32,10 @@ class TrialConfig(Config):
     system: str | None = Field(default=None, json_schema_extra={"enum": [None, *SYSTEMS]})
     """A head with its objective and scheme by name (`headsearch heads`). Overrides the recipe; what else is
     given overrides it."""
+    edition: Literal[1, 2] = EDITION
+    """Of the recipes and of protocol `ouyang2025`'s second probe: 2 is as their sources have them, 1 as
+    headsearch had them before. A study that depends on it writes it down when it is made; one without it is
+    from before."""
     data: DataConfig = DataConfig()
     """Images and splits."""
     views: ViewsConfig = ViewsConfig()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Final
 
 from torch import Tensor, nn
@@ -13,6 +15,26 @@ from headsearch.errors import StorageError
 FEATURE_DIMS: Final = {"resnet18": 512, "resnet34": 512, "resnet50": 2048}
 CIFAR_STEM_PIXELS: Final = 64
 SMALL_STRIDE_PIXELS: Final = 32
+TRUNCATION: Final = 1 / 0.87962566103423978
+"""One over the deviation of a standard normal that is cut at 2, by which TensorFlow corrects."""
+
+
+def _torch_default_(weight: Tensor) -> None:
+    """Draw a convolution's weights as torch.nn.Conv2d does."""
+    nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+
+
+def _fan_in_truncated_(weight: Tensor) -> None:
+    """Draw weights as TensorFlow's variance_scaling_initializer does: variance 1 / fan-in, cut at 2 sigma."""
+    deviation = TRUNCATION / math.sqrt(weight[0].numel())
+    nn.init.trunc_normal_(weight, std=deviation, a=-2 * deviation, b=2 * deviation)
+
+
+REDRAWN: Final[dict[str, Callable[[Tensor], None]]] = {
+    "torch": _torch_default_,
+    "fan-in-truncated": _fan_in_truncated_,
+}
+"""Initialisations that are drawn after torchvision's own."""
 
 
 class Encoder(nn.Module):
@@ -79,7 +101,8 @@ def feature_dim(config: EncoderConfig) -> int:
 def build_encoder(config: EncoderConfig, image_size: int) -> Encoder:
     """Build the encoder of `config` for square images of `image_size` pixels, on the CPU, in fp32.
 
-    Weights come from the default generator (see `randomness.initialisation`) or from ImageNet. The ``cifar``
+    Weights come from the default generator (see `randomness.initialisation`), drawn as
+    `config.initialisation` says, or from ImageNet. The ``cifar``
     stem is SimCLR's for small images: a 3x3 convolution of stride 1 and no pooling (Chen et al. 2020,
     appendix B.9); ``cifar-pad2`` pads by 2 (solo-learn, backbones/resnet). Raises StorageError if the
     ImageNet weights cannot be fetched.
@@ -100,7 +123,19 @@ def build_encoder(config: EncoderConfig, image_size: int) -> Encoder:
     small = config.stem == "auto" and image_size <= CIFAR_STEM_PIXELS
     if small or config.stem in ("cifar", "cifar-pad2"):
         network.conv1 = nn.Conv2d(3, 64, 3, padding=2 if config.stem == "cifar-pad2" else 1, bias=False)
-        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+        if config.initialisation != "fan-out-but-stem":
+            nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
         network.maxpool = nn.Identity()
     network.fc = nn.Identity()
+    if config.first_shortcut == "projection" and network.layer1[0].downsample is None:
+        projection = nn.Conv2d(64, 64, 1, bias=False)
+        nn.init.kaiming_normal_(projection.weight, mode="fan_out", nonlinearity="relu")
+        network.layer1[0].downsample = nn.Sequential(projection, nn.BatchNorm2d(64))
+    if config.initialisation in REDRAWN:
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d):
+                REDRAWN[config.initialisation](module.weight)
+    if config.zero_last_norm:
+        for block in (block for stage in range(1, 5) for block in getattr(network, f"layer{stage}")):
+            nn.init.zeros_((block.bn3 if hasattr(block, "bn3") else block.bn2).weight)
     return Encoder(network, feature_dim(config))

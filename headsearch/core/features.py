@@ -57,7 +57,7 @@ def build_views(
     images: ImageSet,
     device: torch.device,
     *,
-    split: Literal["train", "test"] = "train",
+    split: Literal["train", "test", "probe"] = "train",
 ) -> Views:
     """Build the views of `config` on `device`, normalised with the statistics that `split` has.
 

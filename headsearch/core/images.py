@@ -24,6 +24,19 @@ from headsearch.core.splits import limited, validation_size
 STATISTICS_VALUES: Final = 1 << 18
 """Pixel values that are made float64 at once."""
 
+Statistics = tuple[float, float, float]
+IMAGENET: Final[tuple[Statistics, Statistics]] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+SOLO_PRETRAIN: Final[dict[str, tuple[Statistics, Statistics]]] = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "stl10": ((0.4914, 0.4823, 0.4466), (0.247, 0.243, 0.261)),
+}
+SOLO_PROBE: Final[dict[str, tuple[Statistics, Statistics]]] = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)),
+    "cifar100": ((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)),
+    "stl10": ((0.4914, 0.4823, 0.4466), (0.247, 0.243, 0.261)),
+}
+
 
 @dataclass(frozen=True)
 class Split:
@@ -100,7 +113,7 @@ class ImageSet:
         )
 
     def normalization(
-        self, kind: Normalization, split: Literal["train", "test"] = "train"
+        self, kind: Normalization, split: Literal["train", "test", "probe"] = "train"
     ) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation per channel, each float32 (3,) in [0, 1] pixel units.
 
@@ -109,8 +122,12 @@ class ImageSet:
         deviation over images, which is smaller (simclr-ae, ``dataset.calculate_dataset_stats``): over
         training and validation images together, or with `split` ``test`` over the test images, which that
         paper normalises with their own. They take it before resizing, we at the decoded size. A channel
-        without deviation has 1. Other kinds ignore `split`.
+        without deviation has 1. ``imagenet`` and ``solo-learn`` are constants (`constants`); the latter's are
+        others for the images of its linear probe, with `split` ``probe``. Other kinds ignore `split`.
         """
+        if kind in ("imagenet", "solo-learn"):
+            given = torch.tensor(constants(kind, self.name, probe=split == "probe"))
+            return tuple(given.to(self.train.images.device))
         if kind == "zscore-schliebitz2024":
             splits = (self.test,) if split == "test" else (self.pretraining, self.validation)
             return average_statistics([part.images for part in splits])
@@ -132,6 +149,19 @@ class ImageSet:
             mean.append(total / count / 255)
             std.append(math.sqrt(count * second - total**2) / count / 255 or 1.0)
         return torch.tensor(mean, device=device), torch.tensor(std, device=device)
+
+
+def constants(
+    kind: Literal["imagenet", "solo-learn"], name: str, *, probe: bool
+) -> tuple[Statistics, Statistics]:
+    """Look up the mean and standard deviation that a library writes down for the images called `name`.
+
+    solo-learn has one table for pretraining (data/pretrain_dataloader.py) and one for its linear `probe` and
+    for validation (data/classification_dataloader.py), which has CIFAR-10's mean for CIFAR-100 too.
+    """
+    if kind == "imagenet":
+        return IMAGENET
+    return (SOLO_PROBE if probe else SOLO_PRETRAIN).get(name, IMAGENET)
 
 
 def average_statistics(splits: Sequence[Images]) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,10 @@ def discretise(projections: Tensor, levels: int) -> Tensor:
     the value is round(tanh(z + shift) half - offset) / floor(L / 2), its gradient that of the same without
     rounding (straight-through). Projector_Theory, methods/simclr.py, `forward`. Raises ValueError for fewer
     than two levels.
+
+    Two levels learn nothing: they are -1 and 0, and -1 begins below z = -1.56, where no projection is at
+    torch's initialisation. All projections are then the zero vector, and the gradient of a contrastive loss,
+    a weighted sum of the other projections, is zero in the source's formula as well.
     """
     if levels < 2:
         raise ValueError(f"levels: {levels} is less than 2")

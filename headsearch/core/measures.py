@@ -13,6 +13,8 @@ CONSTANT_SPREAD: Final = 1e-6
 """A unit that spreads less, relative to its largest value or 1, is constant up to rounding."""
 NEAR_BOUND: Final = 0.01
 """Share of an activation's range that counts as at its bound."""
+SIMILARITIES: Final = 1 << 25
+"""Similarities that are in memory at once, each of 8 bytes."""
 MOSTLY: Final = 0.95
 """Share of images for which a saturated unit is at a bound."""
 
@@ -47,16 +49,21 @@ def knn_accuracy(
     """Classify features (M, D) by their `k` nearest rows of `train` (N, D); the share that is right.
 
     Cosine similarity; a neighbour votes for its class with exp(similarity / temperature) (Wu et al. 2018;
-    solo-learn, utils/knn.py).
+    solo-learn, utils/knn.py; lightly, utils/benchmarking/knn.py). Features are compared `SIMILARITIES` at a
+    time.
     """
-    similarities, nearest = (_directions(features) @ _directions(train).T).topk(min(k, len(train)), dim=1)
-    votes = similarities.new_zeros(len(features), classes)
-    # relative to the nearest one, so that no temperature overflows
-    weights = ((similarities - similarities[:, :1]) / temperature).exp()
-    # One neighbour of each row at a time: CUDA adds up several of one class in any order.
-    for voter, weight in zip(train_labels[nearest].split(1, dim=1), weights.split(1, dim=1), strict=True):
-        votes.scatter_add_(1, voter, weight)
-    return float((votes.argmax(1) == labels).double().mean())
+    bank, right = _directions(train).T, 0
+    size = max(1, SIMILARITIES // len(train))
+    for rows, wanted in zip(features.split(size), labels.split(size), strict=True):
+        similarities, nearest = (_directions(rows) @ bank).topk(min(k, len(train)), dim=1)
+        votes = similarities.new_zeros(len(rows), classes)
+        # relative to the nearest one, so that no temperature overflows
+        weights = ((similarities - similarities[:, :1]) / temperature).exp()
+        # One neighbour of each row at a time: CUDA adds up several of one class in any order.
+        for voter, weight in zip(train_labels[nearest].split(1, dim=1), weights.split(1, dim=1), strict=True):
+            votes.scatter_add_(1, voter, weight)
+        right += int((votes.argmax(1) == wanted).sum())
+    return right / len(features)
 
 
 def dead_units(hidden: Tensor) -> float:

@@ -10,20 +10,35 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from headsearch.config import OptimizerConfig
+from headsearch.config import LarsForm, OptimizerConfig
 
 
 class Lars(Optimizer):
-    """Layer-wise adaptive rate scaling (You, Gitman and Ginsburg 2017, algorithm 1).
+    """Layer-wise adaptive rate scaling (You, Gitman and Ginsburg 2017) in the forms of three sources.
 
-    For weights w with gradient g, weight decay d, learning rate r and momentum m::
+    For weights w with gradient g, weight decay d, learning rate r, momentum m and trust coefficient t, norms
+    over a whole tensor:
 
-        rate = trust * |w| / (|g| + d |w|)      # 1 where |w| or the denominator is zero
-        rate = min(rate / r, 1)                 # with clip (LARC): a layer moves by at most r (g + d w)
-        v = m v + r * rate * (g + d w)
+    ``you2017``, algorithm 1 of the paper::
+
+        rate = t |w| / (|g| + d |w|)            # 1 where |w| or the denominator is zero
+        v = m v + r rate (g + d w)
         w = w - v
 
-    Groups with ``adapt=False`` have rate 1. Norms are over a whole tensor.
+    ``google-research`` (simclr, lars_optimizer.py) takes the norm of the decayed gradient::
+
+        rate = t |w| / |g + d w|                # 1 where either is zero
+
+    ``solo-learn`` (utils/lars.py, after pytorch-lightning-bolts; lightly, utils/lars.py has the same order)
+    applies the learning rate after the momentum, so that a velocity gathered at a low rate of a warm-up moves
+    the weights at the present one::
+
+        rate = t |w| / (|g| + d |w| + 1e-8)     # where |w| or |g| is zero: the update is g
+        v = m v + rate (g + d w)
+        w = w - r v
+
+    With `clip` (LARC, solo-learn's clip_lr) the rate is ``min(rate / r, 1)``: a layer moves by at most
+    r (g + d w). Groups with ``adapt=False`` have rate 1.
     """
 
     def __init__(
@@ -35,9 +50,10 @@ class Lars(Optimizer):
         weight_decay: float = 0.0,
         trust: float = 1e-3,
         clip: bool = False,
+        form: LarsForm = "you2017",
     ) -> None:
         shared = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust}
-        super().__init__(params, shared | {"clip": clip, "adapt": True})
+        super().__init__(params, shared | {"clip": clip, "adapt": True, "form": form})
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -58,32 +74,49 @@ class Lars(Optimizer):
             if not weights:
                 continue
             gradients = [weight.grad for weight in weights]
-            rates = self._rates(weights, gradients, group) if group["adapt"] else None
-            updates = torch._foreach_add(gradients, weights, alpha=group["weight_decay"])
-            if rates is not None:
-                torch._foreach_mul_(updates, rates)
+            updates = list(torch._foreach_add(gradients, weights, alpha=group["weight_decay"]))
+            if group["adapt"]:
+                torch._foreach_mul_(updates, self._rates(weights, gradients, updates, group))
             for weight in weights:
                 if "velocity" not in self.state[weight]:
                     self.state[weight]["velocity"] = torch.zeros_like(weight)
             velocities = [self.state[weight]["velocity"] for weight in weights]
             torch._foreach_mul_(velocities, group["momentum"])
-            if isinstance(group["lr"], Tensor):
-                torch._foreach_mul_(updates, group["lr"])
+            lr = group["lr"]
+            if group["form"] == "solo-learn":
+                torch._foreach_add_(velocities, updates)
+                if isinstance(lr, Tensor):
+                    torch._foreach_sub_(weights, torch._foreach_mul(velocities, lr))
+                else:
+                    torch._foreach_add_(weights, velocities, alpha=-lr)
+                continue
+            if isinstance(lr, Tensor):
+                torch._foreach_mul_(updates, lr)
                 torch._foreach_add_(velocities, updates)
             else:
-                torch._foreach_add_(velocities, updates, alpha=group["lr"])
+                torch._foreach_add_(velocities, updates, alpha=lr)
             torch._foreach_sub_(weights, velocities)
         return loss
 
     @staticmethod
-    def _rates(weights: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+    def _rates(
+        weights: list[Tensor], gradients: list[Tensor], updates: list[Tensor], group: dict[str, Any]
+    ) -> list[Tensor]:
+        form = group["form"]
         weight_norms = torch.stack(torch._foreach_norm(weights))
-        norms = torch.stack(torch._foreach_norm(gradients)) + group["weight_decay"] * weight_norms
-        rates = group["trust"] * weight_norms / norms
-        if group["clip"] and (isinstance(group["lr"], Tensor) or group["lr"] > 0):
+        if form == "google-research":
+            norms = torch.stack(torch._foreach_norm(updates))
+        else:
+            gradient_norms = torch.stack(torch._foreach_norm(gradients))
+            norms = gradient_norms + group["weight_decay"] * weight_norms
+        rates = group["trust"] * weight_norms / (norms + 1e-8 if form == "solo-learn" else norms)
+        if group["clip"] and (isinstance(group["lr"], Tensor) or form == "solo-learn" or group["lr"] > 0):
             # A tensor is not read, which would wait for the device. At 0 the update is 0, whatever the rate.
             rates = (rates / group["lr"]).clamp(max=1.0)
-        return list(torch.where((weight_norms > 0) & (norms > 0), rates, 1.0).unbind())
+        rates = torch.where((weight_norms > 0) & (norms > 0), rates, 1.0)
+        if form == "solo-learn":  # without a gradient there is no decay either
+            rates = torch.where(gradient_norms > 0, rates, 0.0)
+        return list(rates.unbind())
 
 
 def parameter_groups(
@@ -129,6 +162,7 @@ def build_optimizer(
             momentum=config.momentum,
             trust=config.trust_coefficient,
             clip=config.clip,
+            form=config.lars_form,
         )
     return SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=True)
 
@@ -150,7 +184,8 @@ def learning_rate(
     """Compute the learning rate of `step`, counted from 0 over the whole training.
 
     Linear from `warmup_start` over `warmup_epochs`, then half a cosine that would reach the final ratio at
-    the step after the last; with the schedule ``epoch``, each step has the rate of its epoch's first. The
+    the step after the last; with the schedule ``epoch``, each step has the rate of its epoch's first. With
+    `warmup_peak` ``last_step`` the warm-up's last step has the peak already, as the cosine's first has. The
     peak is ``learning_rate * batch_size / 256`` for ``sgd`` and ``lars`` (linear scaling, Goyal et al. 2017),
     where batch_size counts images and not views, and ``learning_rate`` for ``adamw``.
     """
@@ -159,7 +194,8 @@ def learning_rate(
         step -= step % steps_per_epoch
     warmup = config.warmup_epochs * steps_per_epoch
     if step < warmup:
-        return config.warmup_start + (peak - config.warmup_start) * step / warmup
+        rising = max(1.0, warmup - 1) if config.warmup_peak == "last_step" else warmup
+        return config.warmup_start + (peak - config.warmup_start) * step / rising
     progress = (step - warmup) / (epochs * steps_per_epoch - warmup)
     floor = config.final_learning_rate_ratio
     return peak * (floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2)

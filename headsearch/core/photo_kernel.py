@@ -15,7 +15,9 @@ import torch
 from numpy import float32
 from torch import Tensor
 
+from headsearch.core.machine_code import compiled
 from headsearch.core.photos import Photos
+from headsearch.core.pil_kernels import TWO, blur_repeating, cubic
 from headsearch.core.viewkernel import (
     HALF,
     LEAST_ROWS,
@@ -25,7 +27,6 @@ from headsearch.core.viewkernel import (
     Array,
     blend,
     blur,
-    compiled,
     finish,
     mean_grey,
     shift_hue,
@@ -33,18 +34,20 @@ from headsearch.core.viewkernel import (
 
 
 @compiled()
-def axis_weights(axis: Array, first: Array, count: Array, share: Array) -> None:
+def axis_weights(axis: Array, first: Array, count: Array, share: Array, bicubic: bool) -> None:
     """Fill for each output pixel (S,): the first source pixel, how many, and their weights (S, taps)."""
     start, scale, low, high = axis[0], axis[1], axis[2], axis[3]
     support = max(scale, ONE)
+    reach = support * TWO if bicubic else support
     for x in range(first.shape[0]):
         center = start + (float32(x) + HALF) * scale
-        begin = max(np.floor(center - support + HALF), low)
-        end = min(np.floor(center + support + HALF), high)
+        begin = max(np.floor(center - reach + HALF), low)
+        end = min(np.floor(center + reach + HALF), high)
         taps = max(int(end - begin), 1)
         total = ZERO
         for tap in range(taps):
-            weight = max(ONE - abs((begin + float32(tap) + HALF - center) / support), ZERO)
+            distance = abs((begin + float32(tap) + HALF - center) / support)
+            weight = cubic(distance) if bicubic else max(ONE - distance, ZERO)
             share[x, tap] = weight
             total += weight
         for tap in range(taps):
@@ -60,6 +63,7 @@ def resample(
     across: Array,
     down: Array,
     flip: bool,
+    bicubic: bool,
     pixels: Array,
     row: Array,
     firsts: Array,
@@ -68,8 +72,8 @@ def resample(
 ) -> None:
     """Resize part of a photo to floats (3, S, S) in [0, 1]; arrays after `pixels` are space to work in."""
     size, height, width = pixels.shape[1], int(shape[0]), int(shape[1])
-    axis_weights(across, firsts[0], counts[0], shares[0])
-    axis_weights(down, firsts[1], counts[1], shares[1])
+    axis_weights(across, firsts[0], counts[0], shares[0], bicubic)
+    axis_weights(down, firsts[1], counts[1], shares[1], bicubic)
     left, right = firsts[0, 0], firsts[0, size - 1] + counts[0, size - 1]
     for channel in range(3):
         plane = offset + channel * height * width
@@ -89,7 +93,10 @@ def resample(
                 begin, total = firsts[0, x], ZERO
                 for tap in range(counts[0, x]):
                     total += row[begin + tap] * shares[0, x, tap]
-                out[size - 1 - x if flip else x] = total * TO_UNIT
+                value = total * TO_UNIT
+                if bicubic:
+                    value = min(max(value, ZERO), ONE)
+                out[size - 1 - x if flip else x] = value
 
 
 @compiled()
@@ -112,6 +119,8 @@ def make_rows(
     shift: Array,
     out: Array,
     last: bool,
+    bicubic: bool,
+    repeat: bool,
     rows: tuple[int, int],
 ) -> None:
     """Make the views of draws from `rows[0]` to `rows[1]`; `space` is view side, longest row and most taps.
@@ -122,12 +131,15 @@ def make_rows(
     pixels = np.empty((3, size, size), np.float32)
     spare, row = np.empty((size, size), np.float32), np.empty(space[1], np.float32)
     firsts, counts = np.empty((2, size), np.int64), np.empty((2, size), np.int64)
-    shares = np.empty((2, size, space[2]), np.float32)
+    shares, line = (
+        np.empty((2, size, space[2]), np.float32),
+        np.empty(size + 2 * weights.shape[1], np.float32),
+    )
     flat = pixels.reshape(3, size * size)
     for i in range(rows[0], rows[1]):
         photo = view[i] % offsets.shape[0]
         resample(
-            data, offsets[photo], shapes[photo], across[i], down[i], flip[i],
+            data, offsets[photo], shapes[photo], across[i], down[i], flip[i], bicubic,
             pixels, row, firsts, counts, shares,
         )  # fmt: skip
         if factors.shape[0]:
@@ -142,12 +154,23 @@ def make_rows(
                         offset = rest * mean_grey(flat) if operation == 1 else ZERO
                         blend(flat, factor, offset, rest if operation == 2 else ZERO)
             if weights.shape[1] and weights[i, 0] != ONE:
-                blur(pixels, weights[i], spare)
+                if repeat:
+                    blur_repeating(pixels, weights[i], spare, line)
+                else:
+                    blur(pixels, weights[i], spare)
         finish(flat, grayscale[i], solarize[i], scale, shift, out[view[i]], last)
 
 
 def make_photo_views(
-    photos: Photos, box: Tensor, draws: tuple[Array, ...], out: Array, *, last: bool, threads: int
+    photos: Photos,
+    box: Tensor,
+    draws: tuple[Array, ...],
+    out: Array,
+    *,
+    last: bool,
+    bicubic: bool = False,
+    repeat: bool = False,
+    threads: int,
 ) -> None:
     """Make views into `out`, float32 (V, 3 S S); `draws` as for `viewkernel.make_views`, but without the box.
 
@@ -155,7 +178,7 @@ def make_photo_views(
     """
     view = torch.from_numpy(draws[0]) % len(photos)
     across, down = photos[view].crop_axes(box)
-    _make(photos, across, down, draws, out, last=last, threads=threads)
+    _make(photos, across, down, draws, out, last=last, bicubic=bicubic, repeat=repeat, threads=threads)
 
 
 def plain_images(photos: Photos, scale: Tensor, shift: Tensor, *, last: bool, threads: int) -> Tensor:
@@ -181,17 +204,19 @@ def _make(
     out: Array,
     *,
     last: bool,
+    bicubic: bool = False,
+    repeat: bool = False,
     threads: int,
 ) -> None:
     size = photos.image_size
-    taps = 2 * int(np.ceil(max(1.0, photos.longest / size))) + 2
+    taps = 2 * int(np.ceil((2 if bicubic else 1) * max(1.0, photos.longest / size))) + 2
     parts = max(1, min(threads, len(out) // LEAST_ROWS))
     edges = [len(out) * part // parts for part in range(parts + 1)]
     images = photos.data.numpy(), photos.offsets.numpy(), photos.shapes.numpy()
     axes = across.contiguous().numpy(), down.contiguous().numpy()
 
     def work(rows: tuple[int, int]) -> None:
-        make_rows(*images, *axes, (size, photos.longest, taps), *draws, out, last, rows)
+        make_rows(*images, *axes, (size, photos.longest, taps), *draws, out, last, bicubic, repeat, rows)
 
     others = [_pool(parts - 1).submit(work, rows) for rows in pairwise(edges[1:])]
     work((0, edges[1]))

@@ -176,9 +176,10 @@ class Photos:
         whole = torch.stack([left, top, across, down], -1)
         return torch.where(fits.any(1, keepdim=True), chosen, whole)
 
-    def crop(self, box: Tensor, flip: Tensor) -> Tensor:
+    def crop(self, box: Tensor, flip: Tensor, *, bicubic: bool = False) -> Tensor:
         """Resize crop `box` (N, 4) of each photo, mirrored where `flip`, to floats (N, 3, S, S) in [0, 1]."""
-        return self._resampled(*self.crop_axes(box), flip)
+        made = self._resampled(*self.crop_axes(box), flip, bicubic=bicubic)
+        return made.clamp_(0.0, 1.0) if bicubic else made
 
     def plain(self) -> Tensor:
         """Plain images, floats (N, 3, S, S) in [0, 1]: torchvision's Resize, then CenterCrop."""
@@ -219,20 +220,21 @@ class Photos:
             axes.append(torch.stack([start * scale, scale, zero, side], 1))
         return axes[0], axes[1]
 
-    def _resampled(self, across: Tensor, down: Tensor, flip: Tensor) -> Tensor:
+    def _resampled(self, across: Tensor, down: Tensor, flip: Tensor, *, bicubic: bool = False) -> Tensor:
         size = self.image_size
         out = torch.empty(len(self), 3, size, size, device=self.device)
-        taps = 2 * math.ceil(max(1.0, self.longest / size)) + 1
+        reach = 2 if bicubic else 1
+        taps = 2 * math.ceil(reach * max(1.0, self.longest / size)) + 1
         step = max(1, CHUNK_VALUES // (3 * self.longest * size))
         for start in range(0, len(self), step):
             rows = slice(start, start + step)
-            out[rows] = self[rows]._chunk(across[rows], down[rows], flip[rows], taps)
+            out[rows] = self[rows]._chunk(across[rows], down[rows], flip[rows], taps, bicubic=bicubic)
         return out
 
-    def _chunk(self, across: Tensor, down: Tensor, flip: Tensor, taps: int) -> Tensor:
+    def _chunk(self, across: Tensor, down: Tensor, flip: Tensor, taps: int, *, bicubic: bool) -> Tensor:
         size, count = self.image_size, len(self)
         height, width = self.shapes[:, 0].long(), self.shapes[:, 1].long()
-        column, share = weights(across, size, taps)
+        column, share = weights(across, size, taps, bicubic=bicubic)
         column = torch.where(flip[:, None, None], column.flip(1), column)
         share = torch.where(flip[:, None, None], share.flip(1), share)
         line = torch.arange(self.longest, device=self.device).minimum(height[:, None] - 1)
@@ -242,7 +244,7 @@ class Photos:
         for tap in range(taps):
             index = at[..., None] + column[:, None, None, :, tap].minimum(width[:, None, None, None] - 1)
             narrow.addcmul_(self.data[index].float(), share[:, None, None, :, tap])
-        row, share = weights(down, size, taps)
+        row, share = weights(down, size, taps, bicubic=bicubic)
         row = row.minimum(height[:, None, None] - 1)
         out = torch.zeros(count, 3, size, size, device=self.device)
         for tap in range(taps):
@@ -251,17 +253,29 @@ class Photos:
         return out.mul_(1 / 255)
 
 
-def weights(axis: Tensor, size: int, taps: int) -> tuple[Tensor, Tensor]:
-    """Source pixels, int64 (N, S, taps), and their weights in each output pixel: PIL's triangle filter."""
+def weights(axis: Tensor, size: int, taps: int, *, bicubic: bool = False) -> tuple[Tensor, Tensor]:
+    """Source pixels, int64 (N, S, taps), and their weights in each output pixel.
+
+    PIL's triangle filter, or its `bicubic` (Catmull-Rom, a = -0.5), scaled where it shrinks.
+    """
     start, scale, low, high = (axis[:, place, None] for place in range(4))
     center = start + (torch.arange(size, device=axis.device) + 0.5) * scale
     support = scale.clamp(min=1.0)
-    first = (center - support + 0.5).floor().maximum(low)
-    last = (center + support + 0.5).floor().minimum(high)
+    reach = 2 * support if bicubic else support
+    first = (center - reach + 0.5).floor().maximum(low)
+    last = (center + reach + 0.5).floor().minimum(high)
     at = first[..., None] + torch.arange(taps, device=axis.device)
-    share = (1 - ((at + 0.5 - center[..., None]) / support[..., None]).abs()).clamp(min=0.0)
+    distance = ((at + 0.5 - center[..., None]) / support[..., None]).abs()
+    share = cubic(distance) if bicubic else (1 - distance).clamp(min=0.0)
     share = torch.where(at < last[..., None], share, 0.0)
     return at.long(), share / share.sum(2, keepdim=True)
+
+
+def cubic(distance: Tensor) -> Tensor:
+    """Catmull-Rom's kernel, a = -0.5, at distances in pixels, none negative."""
+    near = (1.5 * distance - 2.5) * distance.square() + 1
+    far = ((2.5 - 0.5 * distance) * distance - 4) * distance + 2
+    return torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
 
 
 Images = Tensor | Photos

@@ -9,10 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
-from torch import Tensor
 
 from headsearch.config import Protocol, TrialConfig
-from headsearch.core.evaluation import Evaluation
+from headsearch.core.evaluation import Evaluation, Labelled, knn_details
 from headsearch.core.features import build_views, extract_features
 from headsearch.core.heads import head_layers
 from headsearch.core.images import ImageSet, Split
@@ -23,9 +22,6 @@ from headsearch.core.probe_schliebitz2024 import evaluate_schliebitz2024
 from headsearch.errors import DataError
 
 __all__ = ["Evaluation", "evaluate"]
-
-Labelled = tuple[Tensor, Tensor]
-"""Features (N, D) and labels (N,)."""
 
 
 def evaluate(
@@ -42,7 +38,8 @@ def evaluate_holdout(
 ) -> Evaluation:
     """Fit the final probe on the training split and score it once on the test split.
 
-    With `config.probe.layers`, the outputs of the head's layers are probed likewise.
+    With `config.probe.layers`, the outputs of the head's layers are probed likewise; with `probe.knn_train`
+    ``all``, kNN is scored on both splits too.
     """
     views = build_views(config, images, device)
     encoder = pretrained.encoder.to(device)
@@ -54,14 +51,17 @@ def evaluate_holdout(
     splits = [featurise(split) for split in (images.train, images.validation, images.test)]
     accuracies, penalty = select(splits, len(images.classes), config)
     details: dict[str, Any] = {"penalty": penalty}
+    if config.probe.knn_train == "all":
+        train, validation, test = splits
+        details |= knn_details(train, validation, test, len(images.classes), config)
     if config.probe.layers:
         head = pretrained.head.to(device)
         layers = [head_layers(head, features)[0] for features, _ in splits]
         details["layers"] = {}
         for name in list(layers[0])[1:]:
             rows = [(outputs[name], labels) for outputs, (_, labels) in zip(layers, splits, strict=True)]
-            (validation, test), _ = select(rows, len(images.classes), config)
-            details["layers"][name] = {"validation": validation, "test": test}
+            (selected, scored), _ = select(rows, len(images.classes), config)
+            details["layers"][name] = {"validation": selected, "test": scored}
     return Evaluation(
         probe_accuracy=accuracies[0],
         test_accuracy=accuracies[1],

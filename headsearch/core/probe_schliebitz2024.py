@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import Subset, random_split
 
 from headsearch.config import TrialConfig
-from headsearch.core.evaluation import Evaluation
+from headsearch.core.evaluation import Evaluation, Labelled
 from headsearch.core.features import build_views, extract_features
 from headsearch.core.images import ImageSet
 from headsearch.core.randomness import generator, initialisation
@@ -33,9 +33,6 @@ SPLIT_SEED: Final = 42
 EPOCHS: Final = 50
 BATCH: Final = 32
 LEARNING_RATE: Final = 1e-3
-
-Labelled = tuple[Tensor, Tensor]
-"""Features (N, F) and labels (N,)."""
 
 
 def evaluate_schliebitz2024(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import torch
+from torch import Tensor
 
 from headsearch.core import measures
 from headsearch.core.bottleneck import bounds
@@ -71,7 +72,7 @@ class Reporter:
     ) -> None:
         self.learner, self.config = learner, learner.config
         self.views, self.precision = views, precision
-        self.whole = whole
+        self.whole, self.bank = whole, train
         self.train, self.validation = (
             subset(split, self.config.probe.report_images).to(learner.device) for split in (train, whole)
         )
@@ -115,9 +116,7 @@ class Reporter:
             accuracy = fitted.accuracy(features, labels)
         found: dict[str, float] = {}
         if probe.measures:
-            found["knn_accuracy"] = measures.knn_accuracy(
-                train, self.train.labels, features, labels, classes=classes
-            )
+            found["knn_accuracy"] = self._knn(train, features, labels, classes)
             if hidden:
                 found["dead_units"] = _mean([measures.dead_units(layer.values) for layer in hidden])
                 found["saturated_units"] = _mean(
@@ -128,6 +127,22 @@ class Reporter:
             found["validation_loss"] = self._validation_loss()
         finite = {name: value for name, value in found.items() if math.isfinite(value)}
         return Measured(accuracy, *ranks, finite)
+
+    def _knn(self, train: Tensor, features: Tensor, labels: Tensor, classes: int) -> float:
+        """Score kNN among the report's training images, or among all (`probe.knn_train`)."""
+        probe, known = self.config.probe, self.train.labels
+        if probe.knn_train == "all":
+            train = extract_features(self.learner.encoder, self.bank.images, self.views, self.precision)
+            known = self.bank.labels.to(labels.device)
+        return measures.knn_accuracy(
+            train,
+            known,
+            features,
+            labels,
+            classes=classes,
+            k=probe.knn_neighbours,
+            temperature=probe.knn_temperature,
+        )
 
     def _pairs(self, epoch: int) -> dict[str, float]:
         """Alignment, uniformity, mutual information and bounds, on two views of some validation images."""

@@ -12,13 +12,10 @@ infinite, and products and sums may be contracted; no view depends on the others
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from functools import lru_cache
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -29,13 +26,8 @@ from torch import Tensor
 
 from headsearch.core.color import LUMA
 from headsearch.core.draws import ATTEMPTS, RATIO, SIGMA, Distribution, Draws
-from headsearch.home import home_folder
-
-CACHE: Final = "NUMBA_CACHE_DIR"
-if CACHE not in os.environ and not os.access(Path(__file__).parent, os.W_OK):
-    os.environ[CACHE] = str(home_folder() / "cache" / "numba")
-
-import numba  # noqa: E402 - reads where its cache is
+from headsearch.core.machine_code import compiled
+from headsearch.core.pil_kernels import blur_repeating, crop_bicubic
 
 RED, GREEN, BLUE = (float32(weight) for weight in LUMA)
 ZERO, HALF, ONE, TWO, THREE, FOUR, SIX = (float32(x) for x in (0, 0.5, 1, 2, 3, 4, 6))
@@ -50,11 +42,6 @@ Array = NDArray[Any]
 
 LEAST_ROWS: Final = 32
 """Views for which another thread is worth its start."""
-
-
-def compiled(*freedoms: str) -> Callable[[Any], Any]:
-    """Compile a function at its first call."""
-    return numba.njit(nogil=True, cache=True, fastmath={"contract", "arcp", "nsz", "nnan", "ninf", *freedoms})
 
 
 @compiled()
@@ -212,16 +199,23 @@ def make_rows(
     shift: Array,
     out: Array,
     last: bool,
+    bicubic: bool,
+    repeat: bool,
     rows: tuple[int, int],
 ) -> None:
     """Make the views of draws from `rows[0]` to `rows[1]`; see `make_views`."""
     size = images.shape[2]
+    line, across = np.empty(size + 2 * weights.shape[1] + 6, np.float32), np.empty((4, size), np.float32)
     pixels = np.empty((3, size, size), np.float32)
     spare, wide = np.empty((size, size), np.float32), np.empty((3, size + 1), np.float32)
     first, share = np.empty(size, np.uint32), np.empty(size, np.float32)
     flat = pixels.reshape(3, size * size)
     for i in range(rows[0], rows[1]):
-        crop(images[view[i] % images.shape[0]], box[i], flip[i], pixels, wide, first, share)
+        image = images[view[i] % images.shape[0]]
+        if bicubic:
+            crop_bicubic(image, box[i], flip[i], pixels, line, first, across)
+        else:
+            crop(image, box[i], flip[i], pixels, wide, first, share)
         for position in range(4):
             if i % 4 == position and hue[i] != ZERO:
                 shift_hue(flat, hue[i])
@@ -233,7 +227,10 @@ def make_rows(
                     offset = rest * mean_grey(flat) if operation == 1 else ZERO
                     blend(flat, factor, offset, rest if operation == 2 else ZERO)
         if weights.shape[1] and weights[i, 0] != ONE:
-            blur(pixels, weights[i], spare)
+            if repeat:
+                blur_repeating(pixels, weights[i], spare, line)
+            else:
+                blur(pixels, weights[i], spare)
         finish(flat, grayscale[i], solarize[i], scale, shift, out[view[i]], last)
 
 
@@ -305,19 +302,29 @@ def draw_views(uniform: Tensor, distribution: Distribution, firsts: int) -> Draw
     return draws
 
 
-def make_views(images: Array, draws: tuple[Array, ...], out: Array, *, last: bool, threads: int) -> None:
+def make_views(
+    images: Array,
+    draws: tuple[Array, ...],
+    out: Array,
+    *,
+    last: bool,
+    bicubic: bool = False,
+    repeat: bool = False,
+    threads: int,
+) -> None:
     """Make views into `out`, float32 (V, 3 S S), of uint8 images (B, 3, S, S), on so many threads.
 
     `draws` are arrays of V rows as `views.Draws` has them: view, box, flip, factors, order, hue, grayscale,
     then half of each blur's kernel (V, half + 1), or (V, 0) without, solarize; and the normalisation's scale
-    and shift, (3,) each. A view is stored as (3, S, S), or as (S, S, 3) if channels come `last`.
+    and shift, (3,) each. A view is stored as (3, S, S), or as (S, S, 3) if channels come `last`. Crops are
+    resampled bilinearly or `bicubic`; at the edges the blur reflects pixels or, with `repeat`, repeats them.
     """
     count = len(out)
     parts = max(1, min(threads, count // LEAST_ROWS))
     edges = [count * part // parts for part in range(parts + 1)]
 
     def work(rows: tuple[int, int]) -> None:
-        make_rows(images, *draws, out, last, rows)
+        make_rows(images, *draws, out, last, bicubic, repeat, rows)
 
     others = [_pool(parts - 1).submit(work, rows) for rows in pairwise(edges[1:])]
     work((0, edges[1]))

@@ -6,8 +6,8 @@ measured by, whole batches by torch's operations: it runs where neither kernel c
 SimCLR's augmentation (Chen et al. 2020, appendix A): random resized crop, horizontal flip, colour jitter,
 grayscale, Gaussian blur; solarisation (Grill et al. 2020, appendix B); then normalisation. Parameters have
 the distributions of torchvision's transforms, and each operation its formula; the crop is resampled
-bilinearly with edges clamped to the crop (of square images a crop is never larger than its output, so that
-antialiasing would change nothing; crops of photos are antialiased, see `photos`).
+bilinearly with edges clamped to the crop, or bicubically (of square images a crop is never larger than its
+output, so that antialiasing would change nothing; crops of photos are antialiased, see `photos`).
 
 Shapes: B images, V views, S image side.
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Generator, Tensor
@@ -25,7 +26,7 @@ from headsearch.config import ViewsConfig
 from headsearch.core import cuda_views
 from headsearch.core.color import blend_, luma, shift_hue_
 from headsearch.core.draws import NUMBERS, SOLARIZE_FROM, Distribution, Draws
-from headsearch.core.photos import Images, Photos
+from headsearch.core.photos import Images, Photos, cubic
 from headsearch.core.randomness import Philox, derive_seed
 from headsearch.core.randomness import generator as seeded
 
@@ -36,6 +37,8 @@ KERNEL_ON = ("cuda",)
 
 ViewStream = Generator | Philox
 """A source of the random numbers of views; `Views.stream` makes the kind that is fastest there."""
+
+BlurKernel = Literal["tenth", "pil"]
 
 _CHUNK_VALUES = {"cpu": 1 << 19, "cuda": 1 << 28}
 """Float values worked on at a time: what a core's cache holds, or a share of a GPU's memory."""
@@ -147,7 +150,7 @@ class Views:
             if self._jitters:
                 _jitter_(pixels, rows)
             if self._blurs:
-                pixels = _blur(pixels, rows)
+                pixels = _blur(pixels, rows, self.config.blur_kernel)
             if self.config.grayscale_probability > 0:
                 pixels.lerp_(luma(pixels)[:, None], rows.grayscale.float()[:, None, None, None])
             if self._solarizes:
@@ -161,19 +164,32 @@ class Views:
         from headsearch.core.viewkernel import make_views  # loads numba
 
         size, last = self.image_size, self.memory_format == torch.channels_last
-        weights = blur_weights(size, draws) if self._blurs else torch.empty(len(draws), 0)
+        weights = (
+            blur_weights(size, draws, self.config.blur_kernel) if self._blurs else torch.empty(len(draws), 0)
+        )
         drawn = (draws.view, draws.box, draws.flip, draws.factors, draws.order, draws.hue, draws.grayscale)
         parts = (*drawn, weights, draws.solarize, self._scale.flatten(), self._shift.flatten())
         arrays = tuple(part.contiguous().numpy() for part in parts)
         out = torch.empty(len(draws), size, size, 3) if last else torch.empty(len(draws), 3, size, size)
         flat, threads = out.flatten(1).numpy(), torch.get_num_threads()
+        bicubic, repeat = self.config.interpolation == "bicubic", self.config.blur_kernel == "pil"
         if isinstance(images, Photos):
             from headsearch.core.photo_kernel import make_photo_views
 
             rest = (arrays[0], *arrays[2:])
-            make_photo_views(images, draws.box, rest, flat, last=last, threads=threads)
+            make_photo_views(
+                images, draws.box, rest, flat, last=last, bicubic=bicubic, repeat=repeat, threads=threads
+            )
         else:
-            make_views(images.contiguous().numpy(), arrays, flat, last=last, threads=threads)
+            make_views(
+                images.contiguous().numpy(),
+                arrays,
+                flat,
+                last=last,
+                bicubic=bicubic,
+                repeat=repeat,
+                threads=threads,
+            )
         return (out.permute(0, 3, 1, 2) if last else out).to(self.dtype)
 
     def _plain_fused(self, images: Photos) -> Tensor:
@@ -204,6 +220,8 @@ class Views:
 
     def _load_kernel(self) -> cuda_views.FusedViews | None:
         half = kernel_size(self.image_size) // 2 if self._blurs else 0
+        if self.config.interpolation != "bilinear" or (self._blurs and self.config.blur_kernel != "tenth"):
+            return None  # the kernel has neither: whole batches, by torch's operations
         if self.dtype not in cuda_views.DTYPES or not cuda_views.supported(self.image_size, half):
             return None
         launcher = cuda_views.load(self.device)
@@ -221,8 +239,13 @@ class Views:
     def _crop(self, images: Images, draws: Draws) -> Tensor:
         """Crop, flip and resize uint8 images (V, 3, S, S) to floats in [0, 1] of the same shape."""
         if isinstance(images, Photos):
-            return images.crop(draws.box, draws.flip)
+            return images.crop(draws.box, draws.flip, bicubic=self.config.interpolation == "bicubic")
         size = self.image_size
+        if self.config.interpolation == "bicubic":
+            pixels = images.float().mul_(1 / 255)
+            across, down = (cubic_weights(size, draws.box, axis) for axis in (0, 1))
+            across = torch.where(draws.flip[:, None, None], across.flip(1), across)
+            return (down[:, None] @ pixels @ across.transpose(1, 2)[:, None]).clamp_(0.0, 1.0)
         center = torch.arange(size, device=images.device) + 0.5
         origin, extent = draws.box[:, :2, None], draws.box[:, 2:, None]
         at = (center * (extent / size) - 0.5).clamp_(min=0.0).minimum(extent - 1).add_(origin)  # (V, 2, S)
@@ -260,22 +283,63 @@ def _jitter_(pixels: Tensor, draws: Draws) -> None:
             blend_(pixels, factors[:, position], contrast[:, position], saturation[:, position])
 
 
-def blur_weights(image_size: int, draws: Draws) -> Tensor:
-    """Half of each view's Gaussian kernel, (V, half + 1), its middle first; a view without has an impulse."""
-    half = kernel_size(image_size) // 2
-    taps = torch.arange(half + 1, device=draws.sigma.device)
-    weights = (taps / draws.sigma[:, None]).square_().mul_(-0.5).exp_()
-    weights = weights / (2 * weights.sum(1, keepdim=True) - weights[:, :1])
-    return torch.where(draws.blur[:, None], weights, (taps == 0).float())
+def blur_weights(image_size: int, draws: Draws, kernel: BlurKernel = "tenth") -> Tensor:
+    """Half of each view's blur kernel, (V, half + 1), its middle first; a view without has an impulse."""
+    if kernel == "pil":
+        weights = _pil_weights(draws.sigma)
+    else:
+        half = kernel_size(image_size) // 2
+        taps = torch.arange(half + 1, device=draws.sigma.device)
+        weights = (taps / draws.sigma[:, None]).square_().mul_(-0.5).exp_()
+        weights = weights / (2 * weights.sum(1, keepdim=True) - weights[:, :1])
+    impulse = torch.arange(weights.shape[1], device=weights.device) == 0
+    return torch.where(draws.blur[:, None], weights, impulse.float())
 
 
-def _blur(pixels: Tensor, draws: Draws) -> Tensor:
-    """Blur (V, 3, S, S) with each view's own Gaussian, edges reflected; a view without has an impulse."""
-    weights = blur_weights(pixels.shape[-1], draws)[:, :, None, None, None]
+def _pil_weights(sigma: Tensor) -> Tensor:
+    """Half, (V, 7), of what Pillow convolves with for each of the deviations (V,) up to 2.
+
+    Three box filters of variance sigma^2 / 3 each, whose outermost taps have part of the others' weight
+    (Gwosdek et al. 2011, extended box filter; Pillow, BoxBlur.c).
+    """
+    variance = sigma.double()[:, None].square() / 3
+    whole = ((12 * variance + 1).sqrt().sub_(1) / 2).floor_()
+    part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1).square()))
+    distance = torch.arange(-2, 3, device=sigma.device).abs()
+    box = torch.where(distance <= whole, 1.0, torch.where(distance == whole + 1, part, 0.0))
+    box = box / (2 * (whole + part) + 1)
+    kernel = box
+    for _ in range(2):
+        wide = functional.pad(kernel, (2, 2))
+        kernel = sum(  # type: ignore[assignment]
+            box[:, tap : tap + 1] * wide.roll(tap - 2, 1) for tap in range(5)
+        )
+    return kernel[:, 6:].float()
+
+
+def cubic_weights(size: int, box: Tensor, axis: Literal[0, 1]) -> Tensor:
+    """Weights (V, S, S) of S input pixels in each of S output pixels along x (axis 0) or y of a crop.
+
+    Catmull-Rom's kernel (a = -0.5) at pixel centres; pixels outside the crop have no weight, the others share
+    it, as in Pillow and torchvision.
+    """
+    origin, extent = box[:, axis, None, None], box[:, 2 + axis, None, None]
+    place = torch.arange(size, device=box.device, dtype=box.dtype)
+    at = (place + 0.5)[:, None] * (extent / size) + origin
+    distance = (place + 0.5 - at).abs()
+    inside = (place >= origin) & (place < origin + extent)
+    weights = torch.where(inside, cubic(distance), 0.0)
+    return weights / weights.sum(2, keepdim=True)
+
+
+def _blur(pixels: Tensor, draws: Draws, kernel: BlurKernel) -> Tensor:
+    """Blur (V, 3, S, S) with each view's own kernel; a view without has an impulse."""
+    weights = blur_weights(pixels.shape[-1], draws, kernel)[:, :, None, None, None]
     half = weights.shape[1] - 1
     for dim in (2, 3):
         pad = (half, half, 0, 0) if dim == 3 else (0, 0, half, half)
-        wide, side = functional.pad(pixels, pad, mode="reflect"), pixels.shape[dim]
+        edges = "replicate" if kernel == "pil" else "reflect"
+        wide, side = functional.pad(pixels, pad, mode=edges), pixels.shape[dim]
         pixels = pixels * weights[:, 0]
         for tap in range(1, half + 1):
             both = wide.narrow(dim, half - tap, side) + wide.narrow(dim, half + tap, side)

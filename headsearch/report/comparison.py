@@ -1,7 +1,9 @@
 """Points of one or several studies in one ranking, where that means something.
 
 Accuracies of different protocols, or of different images, are not comparable (Schliebitz et al. 2024 train
-their probe on test images, Ouyang et al. 2025 along with the encoder): such a ranking is refused.
+their probe on test images, Ouyang et al. 2025 along with the encoder): such a ranking is refused. So is one
+across numbers of epochs, settings of the probe or versions of the software, unless it is asked for by that
+name, and then it says so.
 """
 
 from __future__ import annotations
@@ -9,11 +11,11 @@ from __future__ import annotations
 import csv
 import io
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
-from headsearch.config import flatten
+from headsearch.config import Protocol, flatten
 from headsearch.errors import InputError
 from headsearch.report import protocols
 from headsearch.report.fronts import FrontPoint, points, spread
@@ -25,8 +27,34 @@ from headsearch.search.snapshot import Snapshot, TrialRow
 RANKING_FREE = ("data.normalization", "data.image_size", "data.download", "data.max_unreadable_fraction")
 """Fields of the data that leave the question the same; `space` may vary the first two."""
 
-OFFLINE = ("offline_validation_accuracy", "offline_test_accuracy")
-"""Of protocol `ouyang2025`'s second probe, trained on the frozen encoder."""
+OFFLINE = (
+    "offline_validation_accuracy",
+    "offline_test_accuracy",
+    "knn_validation_accuracy",
+    "knn_test_accuracy",
+)
+"""Of protocol `ouyang2025`'s second probe, trained on the frozen encoder, and of kNN among all training
+images (`probe.knn_train`)."""
+
+
+ACROSS: Final = ("epochs", "probe", "software")
+"""What studies may differ in where a ranking is asked for across it."""
+SOFTWARE: Final = ("torch", "python", "cuda", "cudnn")
+"""Versions that a trial records; threads and GPUs may be others."""
+PROBES: Final[Mapping[Protocol, frozenset[str]]] = {
+    "holdout": frozenset({"penalties", "iterations"}),
+    "ouyang2025": frozenset(
+        {
+            "online_learning_rate",
+            "offline",
+            "offline_learning_rate",
+            "offline_batch_size",
+            "offline_epochs",
+        }
+    ),
+    "schliebitz2024": frozenset(),
+}
+"""Fields of `probe` that only one protocol reads; all protocols read the others."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +67,16 @@ class Compared:
     """Means over its seeds: of the last report, and `train_seconds`."""
 
 
-def compare(snapshots: Sequence[Snapshot]) -> list[Compared]:
+def compare(snapshots: Sequence[Snapshot], across: Collection[str] = ()) -> list[Compared]:
     """All points with a complete trial, the most accurate on the validation split first.
 
+    `across` names what the studies may differ in, of `ACROSS`.
+
     Raises:
-        InputError: The studies have different protocols, or use different images.
+        InputError: The studies have different protocols, use different images, or differ in what is not
+            among `across`.
     """
-    check_comparable(snapshots)
+    check_comparable(snapshots, across)
     found = [
         Compared(
             snapshot.study.name,
@@ -58,8 +89,8 @@ def compare(snapshots: Sequence[Snapshot]) -> list[Compared]:
     return sorted(found, key=lambda one: (-one.point.probe_accuracy.mean, one.study, one.point.numbers))
 
 
-def check_comparable(snapshots: Sequence[Snapshot]) -> None:
-    """Raise InputError unless the studies measure the same thing the same way."""
+def check_comparable(snapshots: Sequence[Snapshot], across: Collection[str] = ()) -> None:
+    """Raise InputError unless the studies measure the same thing the same way, except `across`."""
     first = snapshots[0].study
     for other in (snapshot.study for snapshot in snapshots[1:]):
         if other.spec.protocol != first.spec.protocol:
@@ -76,6 +107,74 @@ def check_comparable(snapshots: Sequence[Snapshot]) -> None:
                     f"in one, {value(theirs.get(path)) or 'not set'} in the other; accuracies on different "
                     "images are not ranked together"
                 )
+    seen: dict[tuple[Any, ...], tuple[str, str]] = {}
+    for snapshot in snapshots:
+        for size, images in _fingerprints(snapshot):
+            name, known = seen.setdefault(size, (snapshot.study.name, images))
+            if known != images and name != snapshot.study.name:
+                raise InputError(
+                    f"studies {name} and {snapshot.study.name}: their images differ (fingerprint "
+                    f"{known[:12]} in one, {images[:12]} in the other); accuracies on different images are "
+                    "not ranked together"
+                )
+    for name, said in differences(snapshots).items():
+        if name not in across:
+            raise InputError(
+                f"{said}; such a ranking has to be asked for: headsearch study compare --across {name}"
+            )
+
+
+def differences(snapshots: Sequence[Snapshot]) -> dict[str, str]:
+    """What the studies differ in, of `ACROSS`, each with a line that names the studies and their values."""
+    found = {}
+    for name, of in zip(ACROSS, (_epochs, _probe, _software), strict=True):
+        each = {snapshot.study.name: of(snapshot) for snapshot in snapshots}
+        paths = dict.fromkeys(path for facts in each.values() for path in facts)
+        lines = []
+        for path in paths:
+            given = {study: facts[path] for study, facts in each.items() if facts.get(path)}
+            if len(set(given.values())) > 1:
+                shown = ", ".join(f"{' or '.join(texts)} in {study}" for study, texts in given.items())
+                lines.append(f"{path} is {shown}")
+        if lines:
+            found[name] = "; ".join(lines)
+    return found
+
+
+def _epochs(snapshot: Snapshot) -> dict[str, tuple[str, ...]]:
+    return {"budget.epochs": (str(snapshot.study.spec.budget.epochs),)}
+
+
+def _probe(snapshot: Snapshot) -> dict[str, tuple[str, ...]]:
+    """Settings of the probe that the protocol reads, as the complete trials have them."""
+    spec = snapshot.study.spec
+    others = frozenset().union(*PROBES.values()) - PROBES[spec.protocol]
+    points = {tuple(sorted(trial.params.items())): trial for trial in snapshot.complete}
+    dumps = [
+        spec.trial_config(trial.params, trial.seed).probe.model_dump(mode="json", exclude=set(others))
+        for trial in points.values()
+    ]
+    return {
+        f"probe.{name}": tuple(dict.fromkeys(value(dump[name]) for dump in dumps))
+        for name in (dumps[0] if dumps else ())
+    }
+
+
+def _software(snapshot: Snapshot) -> dict[str, tuple[str, ...]]:
+    complete = snapshot.complete
+    versions = {
+        name: tuple(sorted({str(trial.facts[name]) for trial in complete if name in trial.facts}))
+        for name in SOFTWARE
+    }
+    return {"headsearch": (snapshot.study.version,), **versions}
+
+
+def _fingerprints(snapshot: Snapshot) -> Iterator[tuple[tuple[Any, ...], str]]:
+    """Yield what each complete trial's images were, and at which size: decoded at another they differ."""
+    size = flatten(snapshot.study.spec.base).get("data.image_size")
+    for trial in snapshot.complete:
+        if "data_fingerprint" in trial.facts:
+            yield (trial.params.get("data.image_size", size),), str(trial.facts["data_fingerprint"])
 
 
 def _data(snapshot: Snapshot) -> dict[str, Any]:
@@ -146,8 +245,8 @@ def comparison_table(snapshots: Sequence[Snapshot], found: Sequence[Compared]) -
 
 
 def comparison_captions(snapshots: Sequence[Snapshot]) -> list[str]:
-    """What must be said beside a ranking."""
-    lines = []
+    """What must be said beside a ranking, what the studies differ in first."""
+    lines = [f"across {name}, as asked: {said}" for name, said in differences(snapshots).items()]
     for snapshot in snapshots:
         spec, counts = snapshot.study.spec, snapshot.counts
         states = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
@@ -171,6 +270,7 @@ def comparison_json(snapshots: Sequence[Snapshot], found: Sequence[Compared]) ->
             {"study": s.study.name, "spec_hash": s.study.spec.hash, "seeds": list(s.study.spec.seeds)}
             for s in snapshots
         ],
+        "across": differences(snapshots),
         "splits": protocols.SPLITS[snapshots[0].study.spec.protocol],
         "points": [
             {

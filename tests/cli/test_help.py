@@ -148,7 +148,7 @@ def test_the_options_are_these() -> None:
         "doctor": ["--json", "--worker"],
         "heads": ["--encoder", "--json", "--markdown"],
         "study verify": ["--json"],
-        "study compare": ["--csv", "--json", "--markdown"],
+        "study compare": ["--across", "--csv", "--json", "--markdown"],
         "study confirm": ["--device", "--seeds", "--threads", "--workers"],
         "study create": ["--no-check", "--set"],
         "study list": ["--json"],

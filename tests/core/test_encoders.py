@@ -85,3 +85,57 @@ def test_pretrained_takes_the_weights_that_torchvision_fetches(monkeypatch: pyte
     assert torch.equal(encoder.network.conv1.weight, source.conv1.weight)
     assert torch.equal(encoder.network.layer4[1].conv2.weight, source.layer4[1].conv2.weight)
     assert encoder.eval()(torch.rand(1, 3, 32, 32)).shape == (1, 512)
+
+
+def built(seed: int = 0, **changes: object) -> torch.nn.Module:
+    with initialisation(seed, "encoder"):
+        return build_encoder(EncoderConfig(name="resnet18", stem="cifar-pad2", **changes), 32).network
+
+
+def spread(weight: torch.Tensor) -> tuple[float, float]:
+    """Deviation and largest value, times the root of fan-in."""
+    root = weight[0].numel() ** 0.5
+    return float(weight.std()) * root, float(weight.abs().max()) * root
+
+
+def test_initialisations_have_their_sources_spread() -> None:
+    layer = {name: built(initialisation=name).layer3[1].conv1.weight.detach() for name in (
+        "fan-out", "fan-out-but-stem", "torch", "fan-in-truncated",
+    )}  # fmt: skip
+    assert torch.equal(layer["fan-out"], layer["fan-out-but-stem"])
+    assert spread(layer["fan-out"])[0] == pytest.approx(2**0.5, rel=0.01)
+    # uniform in ±1 / sqrt(fan-in)
+    assert spread(layer["torch"])[0] == pytest.approx(3**-0.5, rel=0.01)
+    assert spread(layer["torch"])[1] == pytest.approx(1.0, rel=0.01)
+    # a normal of deviation 1 after the cut at 2 of its deviations before
+    assert spread(layer["fan-in-truncated"])[0] == pytest.approx(1.0, rel=0.01)
+    assert spread(layer["fan-in-truncated"])[1] == pytest.approx(2 / 0.8796256610, rel=0.01)
+
+
+def test_solo_learns_stem_is_torchs_own() -> None:
+    """fan-in 27: uniform up to 1 / sqrt(27)."""
+    weight = built(initialisation="fan-out-but-stem").conv1.weight.detach()
+    assert spread(weight)[1] == pytest.approx(1.0, rel=0.02)
+    assert spread(built().conv1.weight.detach())[1] > 1.0
+
+
+def test_blocks_may_start_as_identities() -> None:
+    network = built(zero_last_norm=True).eval()
+    for block in network.layer1:
+        x = torch.rand(2, 64, 4, 4)
+        assert torch.equal(block(x), x)
+    zeros = sum(int((m.weight == 0).all()) for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    assert zeros == 8
+
+
+def test_first_stage_may_begin_with_a_projection() -> None:
+    plain, projected = (
+        sum(p.numel() for p in built(first_shortcut=kind).parameters()) for kind in ("identity", "projection")
+    )
+    assert projected - plain == 64 * 64 + 2 * 64
+
+
+@pytest.mark.parametrize("change", [{"initialisation": "torch"}, {"zero_last_norm": True}])
+def test_pretrained_weights_are_not_drawn(change: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"encoder\.pretrained: weights come from ImageNet"):
+        EncoderConfig(name="resnet34", stem="imagenet", pretrained=True, **change)

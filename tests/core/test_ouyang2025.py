@@ -12,6 +12,7 @@ import pytest
 import torch
 from networks import CPU, finish, start, tiny_config, tiny_images
 from torch import Tensor, nn
+from torch.nn import functional
 
 from headsearch.config import TrialConfig, ViewsConfig
 from headsearch.core.checkpoint import CheckpointFolder
@@ -226,29 +227,91 @@ def pretrained_on(images: Any, home: Path, **parts: Any) -> tuple[TrialConfig, P
     return config, finish(start(config, images, home))[1]
 
 
-@pytest.mark.parametrize(("images", "size"), [(MANY, 256), (IMAGES, 96)], ids=["many", "few"])
-def test_offline_probe_by_a_plain_loop(images: Any, size: int, tmp_path: Path) -> None:
+def solo_lars(w: Tensor, g: Tensor, v: Tensor, rate: float) -> None:
+    """solo-learn, utils/lars.py: rate after the momentum; decay 1e-4 and clip on what is no bias."""
+    if w.ndim > 1:
+        local = 0.02 * w.norm() / (g.norm() + 1e-4 * w.norm() + 1e-8)
+        g = min(float(local) / rate, 1.0) * (g + 1e-4 * w)
+    v.mul_(0.9).add_(g)
+    w.sub_(rate * v)
+
+
+def warmed(step: int, steps: int, epochs: int, peak: float) -> float:
+    """LinearWarmupCosineAnnealingLR in closed form: 10 epochs, here a fifth, from 3e-5."""
+    warm, total = steps * epochs // 5, steps * epochs
+    if step < warm:
+        return 3e-5 + step * (peak - 3e-5) / (warm - 1)
+    return half_cosine(step - warm, total - warm, peak)
+
+
+OFFLINE: dict[str, tuple[Rule, Callable[[int, int, int, float], float]]] = {
+    "lars": (solo_lars, warmed),
+    "lars-without-warmup": (lars, lambda step, steps, epochs, peak: half_cosine(step, steps * epochs, peak)),
+    "sgd": (sgd, lambda step, steps, _epochs, peak: peak * 0.1 ** sum(step // steps >= e for e in (6, 8))),
+}
+"""Rule and rate, from step, steps of an epoch, epochs and peak."""
+
+
+@pytest.mark.parametrize("kind", OFFLINE)
+@pytest.mark.parametrize(("images", "size"), [(MANY, 256), (IMAGES, 48)], ids=["many", "few"])
+def test_offline_probe_by_a_plain_loop(kind: str, images: Any, size: int, tmp_path: Path) -> None:
+    epochs, peak = 10, 0.5 * size / 256
     config, pretrained = pretrained_on(
-        images, tmp_path, seed=3, probe={"offline_epochs": 3, "offline_learning_rate": 0.5},
-        data={"normalization": "zscore"},
+        images, tmp_path, seed=3, data={"normalization": "zscore"},
+        probe={
+            "offline": kind, "offline_epochs": epochs, "offline_learning_rate": 0.5, "offline_batch_size": size,
+        },
     )  # fmt: skip
     encoder = copy.deepcopy(pretrained.encoder).eval()
     with initialisation(3, "offline probe"):
         layer = nn.Linear(32, 3)
-    probe, pixels = Probe(layer, lars), images.train.images
+    rule, rate = OFFLINE[kind]
+    probe, pixels = Probe(layer, rule), images.train.images
     mean, std = (f(pixels.double() / 255, dim=(0, 2, 3)).float() for f in (torch.mean, torch.std))
     crops = ViewsConfig(crop_scale_min=0.08, jitter_probability=0, grayscale_probability=0)
     steps = len(images.train) // size
-    for epoch in range(3):
+    for epoch in range(epochs):
         order = torch.randperm(len(images.train), generator=generator(CPU, 3, "offline order", epoch))
         draws = generator(CPU, 3, "offline views", epoch)
         for step in range(steps):
             rows = order[step * size : (step + 1) * size]
             with torch.no_grad():
                 views = Views(crops, 8, (mean, std))(pixels[rows], draws)
-                rate = half_cosine(epoch * steps + step, 3 * steps, 0.5 * size / 256)
-                probe.step(encoder(views), images.train.labels[rows], rate)
+                number = epoch * steps + step
+                probe.step(encoder(views), images.train.labels[rows], rate(number, steps, epochs, peak))
     probe.assert_is(train_offline(pretrained, images, config, CPU), layer)
+
+
+def test_neighbours_may_be_all_training_images(tmp_path: Path) -> None:
+    """As lightly's benchmark: k 200, temperature 0.1, each vote exp(cosine / temperature), by a plain loop."""
+    options = {"knn_train": "all", "knn_neighbours": 50, "knn_temperature": 0.1, "report_images": 10}
+    config = config_of(training={"epochs": 1, "batch_size": 96}, probe=options)
+    reports, pretrained = finish(start(config, IMAGES, tmp_path))
+    encoder = pretrained.encoder.eval()
+
+    def features(split: Split) -> Tensor:
+        with torch.no_grad():
+            return functional.normalize(encoder(split.images.float() / 255).double())
+
+    bank = features(IMAGES.train)
+
+    def right(split: Split) -> float:
+        hits = 0
+        for row, label in zip(features(split), split.labels, strict=True):
+            votes = [0.0] * 3
+            for value, neighbour in zip(*(bank @ row).topk(50), strict=True):
+                votes[int(IMAGES.train.labels[neighbour])] += math.exp(float(value) / 0.1)
+            hits += votes.index(max(votes)) == int(label)
+        return hits / len(split)
+
+    said = evaluate(pretrained, IMAGES, config, device=CPU)
+    assert said.details["knn_validation_accuracy"] == pytest.approx(right(IMAGES.validation))
+    assert said.details["knn_test_accuracy"] == pytest.approx(right(IMAGES.test))
+    assert reports[-1].measures["knn_accuracy"] == pytest.approx(right(subset(IMAGES.validation, 10)))
+    holdout = evaluate(pretrained, IMAGES, config.model_copy(update={"protocol": "holdout"}), device=CPU)
+    assert holdout.details["knn_test_accuracy"] == said.details["knn_test_accuracy"]
+    few = config.model_copy(update={"probe": config.probe.model_copy(update={"knn_train": "report"})})
+    assert "knn_test_accuracy" not in evaluate(pretrained, IMAGES, few, device=CPU).details
 
 
 def test_offline_probe_leaves_encoder_and_global_stream_alone(tmp_path: Path) -> None:

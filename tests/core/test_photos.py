@@ -107,6 +107,26 @@ def test_views_are_the_originals_crops_resized_with_antialiasing(
         assert abs(float(energy(made[number][None]) / energy(theirs[None])) - 1) < 0.1
 
 
+@pytest.mark.parametrize("size", [32, 224])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bicubic_views_are_pils_crops(originals: list[Image.Image], size: int, implementation: str) -> None:
+    """Up to PIL's rounding, and its clipping of overshoots between its two passes."""
+    config = CROPS.model_copy(update={"interpolation": "bicubic"})
+    photos, views = photos_of(originals, size), views_of(size, implementation, config)
+    draws = views.draw(20, torch.Generator().manual_seed(1), photos=photos)
+    made = views.apply(photos, draws)
+    assert float(made.min()) >= 0
+    assert float(made.max()) <= 1
+    for row in range(20):
+        number = int(draws.view[row])
+        left, top, width, height = map(int, draws.box[row])
+        crop = originals[number % len(originals)].crop((left, top, left + width, top + height))
+        theirs = unit(crop.resize((size, size), Image.Resampling.BICUBIC))
+        theirs = theirs.flip(2) if draws.flip[row] else theirs
+        assert (made[number] - theirs).abs().mean() < 0.6 / 255
+        assert (made[number] - theirs).abs().quantile(0.99) < 0.01
+
+
 @pytest.mark.parametrize("size", [128, 224])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("settings", [{}, {"center_share": 0.875}, {"squeeze": True}])
@@ -126,8 +146,9 @@ def test_plain_images_are_torchvisions_resize_and_centre_crop(
     assert (squares(photos).int() - (theirs * 255).int()).abs().float().mean() <= 0.51
 
 
-def test_both_implementations_make_the_same_views(originals: list[Image.Image]) -> None:
-    config = ViewsConfig(blur_probability=0.5, solarize_probability=0.2)
+@pytest.mark.parametrize("pil", [{}, {"blur_kernel": "pil", "interpolation": "bicubic"}])
+def test_both_implementations_make_the_same_views(originals: list[Image.Image], pil: dict[str, Any]) -> None:
+    config = ViewsConfig(blur_probability=0.5, solarize_probability=0.2, **pil)
     kernel, whole = (views_of(96, name, config) for name in IMPLEMENTATIONS)
     photos = photos_of(originals, 96)
     draws = kernel.draw(20, torch.Generator().manual_seed(2), photos=photos)

@@ -142,3 +142,18 @@ def test_bf16_projections_are_told_apart_as_in_fp32():
     np.testing.assert_allclose(
         rounded.grad.float().numpy(), want, rtol=4e-3, atol=2e-6, err_msg=f"seed {seed}"
     )
+
+
+def test_two_levels_have_no_gradient_in_the_sources_formula() -> None:
+    """Through F.normalize and NT-Xent as solo-learn writes it, from a head at torch's initialisation."""
+    torch.manual_seed(0)
+    features = torch.randn(16, 32).abs()
+    for levels, moves in ((2, False), (30, True)):
+        head = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 16))
+        quantised = discretise(head(features), levels)
+        assert bool(quantised.any()) == moves
+        z = torch.nn.functional.normalize(quantised)
+        similarities = (z @ z.T / 0.2).exp() * (1 - torch.eye(16))
+        positive = similarities[torch.arange(16), torch.arange(16).roll(8)]
+        (similarities.sum(1) / positive).log().mean().backward()
+        assert bool(head[0].weight.grad.any()) == moves

@@ -326,3 +326,13 @@ def test_saturated_units_by_hand():
 def test_nothing_saturates_without_bounds(low, high):
     assert saturated_units(torch.zeros(5, 3), low, high) == 0.0
     assert saturated_units(torch.ones(5, 3), low, high) == 0.0
+
+
+def test_knn_in_parts_is_knn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = torch.Generator().manual_seed(0)
+    train, queries = torch.randn(40, 6, generator=draw), torch.randn(31, 6, generator=draw)
+    known, labels = (torch.randint(4, (count,), generator=draw) for count in (40, 31))
+    whole_set = knn_accuracy(train, known, queries, labels, classes=4, k=7)
+    for values in (1, 40, 250, 1240):
+        monkeypatch.setattr("headsearch.core.measures.SIMILARITIES", values)
+        assert knn_accuracy(train, known, queries, labels, classes=4, k=7) == whole_set

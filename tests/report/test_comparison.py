@@ -125,3 +125,87 @@ def test_normalisation_may_differ() -> None:
 def test_a_grid_ends_by_naming_the_ranking() -> None:
     assert "all points ranked: headsearch study compare first" in ending(FIRST, "file.toml")
     assert not any("study compare" in line for line in ending(snapshot(trial(0)), "file.toml"))
+
+
+def refused(*snapshots: Snapshot, across: tuple[str, ...] = ()) -> str:
+    with pytest.raises(InputError) as caught:
+        compare(snapshots, across)
+    said = str(caught.value)
+    assert "\n" not in said
+    return said
+
+
+def recorded(**facts: Any) -> Any:
+    return trial(0, params={"system": "simclr"}, facts=facts)
+
+
+def test_other_epochs_have_to_be_asked_for_and_are_said_above_the_table() -> None:
+    longer = of("longer", measured(0, 0, "simclr", 0.9), budget={"epochs": 200})
+    said = refused(FIRST, longer)
+    assert "budget.epochs is 12 in first, 200 in longer" in said
+    assert said.endswith("headsearch study compare --across epochs")
+    assert refused(FIRST, longer, across=("probe", "software")) == said
+    found = compare([FIRST, longer], across=["epochs"])
+    assert {one.study for one in found} == {"first", "longer"}
+    assert comparison_captions([FIRST, longer])[0] == (
+        "across epochs, as asked: budget.epochs is 12 in first, 200 in longer"
+    )
+    assert comparison_json([FIRST, longer], found)["across"].keys() == {"epochs"}
+    assert comparison_json([FIRST, SECOND], compare([FIRST, SECOND]))["across"] == {}
+
+
+@pytest.mark.parametrize(
+    ("protocol", "probe", "matters"),
+    [
+        ("holdout", {"iterations": 20}, True),
+        ("holdout", {"report_images": 100}, True),
+        ("holdout", {"offline_epochs": 3}, False),
+        ("ouyang2025", {"offline_epochs": 3}, True),
+        ("ouyang2025", {"penalties": [0.1]}, False),
+        ("ouyang2025", {"knn_neighbours": 200}, True),
+    ],
+)
+def test_other_probes_have_to_be_asked_for_where_the_protocol_reads_them(
+    protocol: str, probe: dict[str, Any], matters: bool
+) -> None:
+    one, other = (
+        of(name, recorded(), protocol=protocol, base={"probe": given})
+        for name, given in (("one", {}), ("other", probe))
+    )
+    if matters:
+        assert f"probe.{next(iter(probe))} is " in refused(one, other)
+        assert comparison_captions([one, other])[0].startswith("across probe, as asked: ")
+    assert compare([one, other], across=["probe"] if matters else [])
+
+
+def test_a_recipes_probe_counts() -> None:
+    one, other = (
+        of(name, recorded(), protocol="ouyang2025", budget={"epochs": 20}, base={"recipe": recipe})
+        for name, recipe in (("one", "ouyang2025-simclr-cifar"), ("other", "ouyang2025-barlow-cifar"))
+    )
+    assert "probe.online_learning_rate is 0.1 in one, 0.15 in other" in refused(one, other)
+
+
+@pytest.mark.parametrize(("name", "old", "new"), [("torch", "2.11.0", "2.14.1"), ("cudnn", 91002, 91100)])
+def test_other_software_has_to_be_asked_for(name: str, old: object, new: object) -> None:
+    one, other = of("one", recorded(**{name: old})), of("other", recorded(**{name: new}))
+    assert f"{name} is {old} in one, {new} in other" in refused(one, other)
+    assert compare([one, other], across=["software"])
+    assert compare([one, of("third", recorded())]), "a study that recorded none is not refused"
+    later = replace(one, study=replace(one.study, name="later", version="99"))
+    assert "headsearch is " in refused(one, later)
+
+
+def test_threads_and_gpus_may_differ() -> None:
+    assert compare([of("one", recorded(threads=1)), of("other", recorded(threads=8, gpu="H100"))])
+
+
+def test_images_that_changed_are_refused_whatever_is_asked() -> None:
+    one, other = (
+        of(name, recorded(data_fingerprint=print_))
+        for name, print_ in (("one", "a" * 32), ("other", "b" * 32))
+    )
+    said = refused(one, other, across=("epochs", "probe", "software"))
+    assert "their images differ (fingerprint aaaaaaaaaaaa in one, bbbbbbbbbbbb in the other)" in said
+    larger = of("larger", recorded(data_fingerprint="c" * 32), base={"data.image_size": 64})
+    assert compare([one, larger]), "decoded at another size they are other pixels"
