@@ -106,9 +106,11 @@ def report(database: Database, study: Study, claim: Claim, said: Report) -> Stud
 def arrive(database: Database, study: Study, claim: Claim) -> Literal["paused", "go on", "ended"]:
     """At the rung `claim.stop_at`: pause, or by the rule `stop` go on or end.
 
-    The report of that epoch, and the checkpoint, must be stored before.
+    A trial with other seeds beside it pauses by the rule `stop` as well: only a claim, which holds the
+    study's lock, can tell that all of them are there. The report of that epoch, and the checkpoint, must be
+    stored before.
     """
-    if study.spec.pruning.rule == "promote":
+    if study.spec.pruning.rule == "promote" or (claim.stop_at is not None and len(study.spec.seeds) > 1):
         with database.begin() as connection:
             _held(connection, study, claim, "state = 'paused', lease_until = NULL")
         return "paused"

@@ -26,9 +26,9 @@ class Standing(NamedTuple):
     """A trial as it stood at one rung."""
 
     number: int
-    """Trial number."""
+    """Of the trial; of a point of several seeds, that of its first run."""
     accuracy: float
-    """Probe accuracy reported at the rung."""
+    """Probe accuracy reported at the rung; the mean of a point's seeds."""
     costs: tuple[float, ...] = ()
     """The other objectives, all minimised."""
     group: tuple[float, ...] = ()
