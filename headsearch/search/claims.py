@@ -277,9 +277,9 @@ class _Decision:
 
         One that was left with parameters of its own serves no point that is `fixed` otherwise, and ends.
         """
-        if fixed and len(self.spec.seeds) > 1:
-            if (begun := running_trial(self.connection, self.study, point_key(fixed))) is not None:
-                return history.trial(self.connection, begun)
+        begun = fixed and len(self.spec.seeds) > 1 and running_trial(self.connection, self.study, fixed)
+        if begun:
+            return history.trial(self.connection, begun)
         for trial_id in outcomes.strays(self.connection, self.study, "RUNNING"):
             trial = history.trial(self.connection, trial_id)
             if fixed is None or all(fixed.get(path) == value for path, value in trial.params.items()):

@@ -15,6 +15,8 @@ from typing import Any, Literal
 from sqlalchemy import Connection, text
 
 from headsearch.search.studies import Study
+from headsearch.search.work import point_key
+from headsearch.space import Params
 
 PointState = Literal["complete", "pruned", "failed"]
 
@@ -110,7 +112,7 @@ def read_points(connection: Connection, study: Study) -> list[Point]:
     return [Point(tuple(runs)) for runs in found.values()]
 
 
-def running_trial(connection: Connection, study: Study, key: str) -> int | None:
+def running_trial(connection: Connection, study: Study, params: Params) -> int | None:
     """Optuna's id of the trial of a point of which a run was begun, while it runs."""
     found: int | None = connection.scalar(
         text(
@@ -118,7 +120,7 @@ def running_trial(connection: Connection, study: Study, key: str) -> int | None:
             "WHERE t.study_id = :study_id AND t.point_key = :key AND o.state = 'RUNNING' "
             "ORDER BY o.trial_id DESC LIMIT 1"
         ),
-        {"study_id": study.study_id, "key": key},
+        {"study_id": study.study_id, "key": point_key(params)},
     )
     return found
 
