@@ -21,7 +21,7 @@ def test_pruning_points_and_not_seeds_halves_what_test_accuracy_exceeds_the_trut
     assert all(validation[name] > test[name] for name in CASES)
     assert all(one.incomplete == 0 for one in found["12 points, three seeds, pruned together"])
     assert (
-        statistics.fmean(one.incomplete for one in found["12 points, three seeds, pruned one by one"]) > 0.5
+        statistics.fmean(one.incomplete for one in found["12 points, three seeds, pruned one by one"]) > 0.4
     )
 
 
