@@ -73,8 +73,7 @@ class SamplerSpec(Config):
     """`tpe` learns from complete and pruned trials and from conditions; `nsga2`, `gp` and `qmc` are
     Optuna's; `random` is the control."""
     startup_trials: int = Field(default=16, ge=1)
-    """Trials that have reported, or failed by their configuration, before `tpe` or `gp` begin to model; random
-    until then."""
+    """Trials that have reported, or failed by their configuration, before `tpe` or `gp` begin to model."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """The same seed and the same history give the same proposals."""
 
