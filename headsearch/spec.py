@@ -61,7 +61,8 @@ class Pruning(Config):
 
     rule: Literal["promote", "stop", "none"] = "promote"
     """`promote` pauses every trial and takes the best on, later if need be; `stop` ends a trial for
-    good that is not among the best when it arrives; `none` ignores rungs."""
+    good that is not among the best when it arrives; `none` ignores rungs. With several seeds it is the
+    point that is judged, once all of them are there."""
     eta: int = Field(default=2, ge=2, le=16)
     """The best 1/eta of a rung go on."""
 
@@ -73,7 +74,7 @@ class SamplerSpec(Config):
     """`tpe` learns from complete and pruned trials and from conditions; `nsga2`, `gp` and `qmc` are
     Optuna's; `random` is the control."""
     startup_trials: int = Field(default=16, ge=1)
-    """Random trials before `tpe` or `gp` begin to model."""
+    """Trials that have reported, or failed by their configuration, before `tpe` or `gp` begin to model."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """The same seed and the same history give the same proposals."""
 
@@ -95,7 +96,8 @@ class StudySpec(Config):
     the encoder. `schliebitz2024` trains, selects and scores that paper's probe on 70, 10 and 20 % of the test
     split, so it cannot steer a search."""
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] = Field(default=(0,), min_length=1)
-    """Every point is trained once with each."""
+    """Every point is trained once with each; its trials pause, go on and are pruned together, judged by their
+    mean."""
     budget: Budget
     """Trials and epochs."""
     pruning: Pruning = Pruning()
@@ -232,12 +234,16 @@ class StudySpec(Config):
     def cells(self) -> list[tuple[Params, int]]:
         """All (point, seed) of a grid or a list of points; every point once before the next seed.
 
+        With rungs all seeds of a point before the next point, since they are judged together.
+
         Raises:
             ValueError: Mode `search`, which has no list, or a range that cannot be listed.
         """
         if self.mode == "search":
             raise ValueError("mode: a search has no list of points")
         listed = [dict(p) for p in self.points] if self.mode == "points" else list(spaces.points(self.space))
+        if self.rungs:
+            return [(point, seed) for point in listed for seed in self.seeds]
         return [(point, seed) for seed in self.seeds for point in listed]
 
     def trial_tree(self, params: Params, seed: int) -> dict[str, Any]:

@@ -13,7 +13,9 @@ from rich.live import Live
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from headsearch.report.fronts import best_point
 from headsearch.report.progress import counts_line, events, seconds_left
+from headsearch.report.summary import best_text
 from headsearch.report.tables import duration
 from headsearch.report.trials import best, in_order, params_text, trial_table, varying
 from headsearch.runtime.running import Watcher
@@ -125,7 +127,11 @@ def render(
     left = seconds_left(first, now)
     clock = f"elapsed {duration(elapsed)}" + ("" if left is None else f", about {duration(left)} left")
     facts.add_row("progress", Text(f"{counts_line(now)}; {clock}"))
-    spec, top = now.study.spec, best(now)
+    spec = now.study.spec
+    top = best(now) if len(spec.seeds) == 1 else None
+    if len(spec.seeds) > 1 and (point := best_point(now)) is not None:
+        shown = f"{best_text(point)}, {params_text(point.params, varying(spec))}"
+        facts.add_row("best", Text(shown))
     if top is not None:
         state = "" if top.state == "complete" else f", {top.state}"
         text = f"trial {top.number}{state}: accuracy {top.probe_accuracy or 0.0:.4f} (validation), "

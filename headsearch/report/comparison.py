@@ -84,7 +84,7 @@ def compare(snapshots: Sequence[Snapshot], across: Collection[str] = ()) -> list
             _measures([trial for trial in snapshot.complete if trial.number in point.numbers]),
         )
         for snapshot in snapshots
-        for point in points(snapshot)
+        for point in points(snapshot, under_way=True)
     ]
     return sorted(found, key=lambda one: (-one.point.probe_accuracy.mean, one.study, one.point.numbers))
 
@@ -218,7 +218,7 @@ def comparison_table(snapshots: Sequence[Snapshot], found: Sequence[Compared]) -
             value(one.point.head_parameters),
             spread(one.point.probe_accuracy),
             spread(one.point.test_accuracy),
-            str(one.point.n),
+            one.point.n_text,
             _number(one.measures, "knn_accuracy", ".4f"),
             _number(one.measures, "feature_rank", ".1f"),
             _number(one.measures, "projection_rank", ".1f"),
@@ -281,6 +281,7 @@ def comparison_json(snapshots: Sequence[Snapshot], found: Sequence[Compared]) ->
                 "trials": list(one.point.numbers),
                 "seeds": list(one.point.seeds),
                 "n": one.point.n,
+                "seeds_asked": one.point.asked,
                 "validation_accuracy": vars(one.point.probe_accuracy),
                 "test_accuracy": vars(one.point.test_accuracy) if one.point.test_accuracy else None,
                 "measures": one.measures,
@@ -299,12 +300,23 @@ def comparison_csv(snapshots: Sequence[Snapshot], found: Sequence[Compared]) -> 
     writer = csv.writer(out, lineterminator="\n")
     accuracies = [f"{split}_accuracy_{part}" for split in ("validation", "test") for part in ("mean", "std")]
     writer.writerow(
-        ["study", "protocol", "n", "seeds", *paths, "projection_dim", "head_parameters", *accuracies, *names]
+        [
+            "study",
+            "protocol",
+            "n",
+            "seeds_asked",
+            "seeds",
+            *paths,
+            "projection_dim",
+            "head_parameters",
+            *accuracies,
+            *names,
+        ]
     )
     for one in found:
         point, test = one.point, one.point.test_accuracy
         writer.writerow(
-            [one.study, protocol, point.n, " ".join(map(str, point.seeds))]
+            [one.study, protocol, point.n, point.asked, " ".join(map(str, point.seeds))]
             + [_text(point.params.get(path)) for path in paths]
             + [point.projection_dim, point.head_parameters]
             + [point.probe_accuracy.mean, point.probe_accuracy.std]

@@ -49,29 +49,74 @@ class FrontPoint:
     """Every objective, probe_accuracy included, in the study's order."""
     projection_dim: int | None
     head_parameters: int | None
+    asked: int = 1
+    """Seeds that a point of the study has."""
+    infeasible: bool = False
+    """Another of its seeds failed by the configuration."""
 
     @property
     def n(self) -> int:
         """Seeds that are complete."""
         return len(self.numbers)
 
+    @property
+    def n_text(self) -> str:
+        """``3``, or ``2 of 3`` where seeds are missing."""
+        return str(self.n) if self.n == self.asked else f"{self.n} of {self.asked}"
 
-def points(snapshot: Snapshot) -> list[FrontPoint]:
-    """All points with at least one complete trial, in the order of their first trials."""
+
+def groups(snapshot: Snapshot) -> list[list[TrialRow]]:
+    """The trials of each point, in the order of their first ones."""
+    if len(snapshot.study.spec.seeds) == 1:
+        return [[trial] for trial in snapshot.trials]
     by_point: dict[str, list[TrialRow]] = {}
-    for trial in snapshot.complete:
-        if trial.values is not None:
-            by_point.setdefault(json.dumps(trial.params, sort_keys=True), []).append(trial)
-    return [_point(trials, snapshot.study.spec) for trials in by_point.values()]
+    for trial in snapshot.trials:
+        by_point.setdefault(json.dumps(trial.params, sort_keys=True), []).append(trial)
+    return list(by_point.values())
+
+
+def has_ended(snapshot: Snapshot, trials: Sequence[TrialRow]) -> bool:
+    """Whether nothing is to come of a point of these trials."""
+    ended = all(trial.finished_at is not None for trial in trials)
+    return ended and (len(trials) >= len(snapshot.study.spec.seeds) or snapshot.study.ended)
+
+
+def points(snapshot: Snapshot, *, under_way: bool = False) -> list[FrontPoint]:
+    """All points that have ended with at least one complete trial, in the order of their first trials.
+
+    With `under_way` also those of which seeds are still to be trained.
+    """
+    return [
+        _point(trials, snapshot.study.spec)
+        for trials in groups(snapshot)
+        if _complete(trials) and (under_way or has_ended(snapshot, trials))
+    ]
+
+
+def best_point(snapshot: Snapshot) -> FrontPoint | None:
+    """The point of the highest mean validation accuracy: of those with all seeds, if there are such.
+
+    Of equals, the one of the smallest projection dim, which is the one on the front.
+    """
+    return max(
+        (point for point in points(snapshot) if not point.infeasible),
+        key=lambda p: (p.n == p.asked, p.probe_accuracy.mean, -(p.projection_dim or 0), -p.numbers[0]),
+        default=None,
+    )
+
+
+def _complete(trials: Sequence[TrialRow]) -> list[TrialRow]:
+    return [trial for trial in trials if trial.state == "complete" and trial.values is not None]
 
 
 def front(snapshot: Snapshot, objectives: Sequence[str] | None = None) -> list[FrontPoint]:
     """Points that no other dominates in the means of `objectives` (default: the study's).
 
+    Without those of which a seed failed by the configuration: another training of it may fail as well.
     Ordered by their costs, the smallest first.
     """
     chosen = tuple(objectives or snapshot.study.spec.objectives)
-    found = points(snapshot)
+    found = [point for point in points(snapshot) if not point.infeasible]
     standings = [
         rungs.Standing(index, point.probe_accuracy.mean, _costs(point, chosen))
         for index, point in enumerate(found)
@@ -84,7 +129,8 @@ def _costs(point: FrontPoint, objectives: Sequence[str]) -> tuple[float, ...]:
     return tuple(point.objectives[name].mean for name in objectives if name != "probe_accuracy")
 
 
-def _point(trials: list[TrialRow], spec: StudySpec) -> FrontPoint:
+def _point(runs: list[TrialRow], spec: StudySpec) -> FrontPoint:
+    trials = _complete(runs)
     first = trials[0]
     columns = zip(*(trial.values or () for trial in trials), strict=True)
     objectives: dict[str, Measured] = {
@@ -100,6 +146,8 @@ def _point(trials: list[TrialRow], spec: StudySpec) -> FrontPoint:
         objectives=objectives,
         projection_dim=first.projection_dim,
         head_parameters=first.head_parameters,
+        asked=len(spec.seeds),
+        infeasible=any(trial.infeasible for trial in runs),
     )
 
 
@@ -120,7 +168,7 @@ def front_table(snapshot: Snapshot, shown: Sequence[FrontPoint] | None = None) -
             value(point.projection_dim),
             spread(point.probe_accuracy),
             spread(point.test_accuracy),
-            str(point.n),
+            point.n_text,
             *(value(point.objectives[name].mean) for name in others),
             ", ".join(map(str, point.numbers)),
             *(value(point.params.get(path)) for path in paths),
@@ -157,10 +205,26 @@ def captions(snapshot: Snapshot) -> list[str]:
             lines.append(
                 f"one validation image is {1 / held_out:.1%}: the best of many is optimistic by more"
             )
-    if any(point.n < len(spec.seeds) for point in front(snapshot)):
+    if len(spec.seeds) > 1:
+        lines += _said_of_seeds(snapshot)
+    return lines
+
+
+def _said_of_seeds(snapshot: Snapshot) -> list[str]:
+    """What must be said of points that lack seeds."""
+    ended, lines = points(snapshot), []
+    lacking = [point for point in front(snapshot) if point.n < point.asked]
+    if lacking:
+        shown = "; ".join(f"n = {point.n_text} at dim {value(point.projection_dim)}" for point in lacking)
+        lines.append(f"some points lack seeds, and rest on those that are left: {shown}")
+    infeasible = sum(point.infeasible for point in ended)
+    if infeasible:
         lines.append(
-            "some points lack seeds (pruned, failed or to come): their means rest on the seeds that are left"
+            f"{infeasible} points are left out: a seed of each failed by its configuration, as others would"
         )
+    begun = sum(bool(_complete(trials)) for trials in groups(snapshot)) - len(ended)
+    if begun:
+        lines.append(f"{begun} points are not ranked yet: seeds of them are still to be trained")
     return lines
 
 
@@ -187,7 +251,7 @@ def front_json(snapshot: Snapshot) -> dict[str, Any]:
         "epochs_trained": snapshot.epochs_trained,
         "epochs_without_pruning": snapshot.epochs_without_pruning,
         "promoted": snapshot.promoted,
-        "front": [_point_json(point) for point in front(snapshot)],
+        "front": [point_json(point) for point in front(snapshot)],
     }
 
 
@@ -202,7 +266,8 @@ def identity(study: Study) -> dict[str, Any]:
     }
 
 
-def _point_json(point: FrontPoint) -> dict[str, Any]:
+def point_json(point: FrontPoint) -> dict[str, Any]:
+    """A point as plain data."""
     return {
         "params": point.params,
         "projection_dim": point.projection_dim,
@@ -210,6 +275,7 @@ def _point_json(point: FrontPoint) -> dict[str, Any]:
         "trials": list(point.numbers),
         "seeds": list(point.seeds),
         "n": point.n,
+        "seeds_asked": point.asked,
         "validation_accuracy": vars(point.probe_accuracy),
         "test_accuracy": vars(point.test_accuracy) if point.test_accuracy else None,
         "objectives": {name: vars(measured) for name, measured in point.objectives.items()},
@@ -226,7 +292,7 @@ def front_csv(snapshot: Snapshot) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(
-        ["study", "protocol", "spec_hash", "n", "seeds", "trials"]
+        ["study", "protocol", "spec_hash", "n", "seeds_asked", "seeds", "trials"]
         + [column for name in measured for column in (f"{name}_mean", f"{name}_std")]
         + ["head_parameters"] * ("head_parameters" not in others)
         + paths
@@ -234,7 +300,7 @@ def front_csv(snapshot: Snapshot) -> str:
     for point in shown:
         values = [point.probe_accuracy, point.test_accuracy, *(point.objectives[name] for name in others)]
         writer.writerow(
-            [spec.name, spec.protocol, spec.hash, point.n]
+            [spec.name, spec.protocol, spec.hash, point.n, point.asked]
             + [" ".join(map(str, point.seeds)), " ".join(map(str, point.numbers))]
             + [cell for one in values for cell in ((one.mean, one.std) if one else (None, None))]
             + [point.head_parameters] * ("head_parameters" not in others)

@@ -8,10 +8,21 @@ from collections.abc import Sequence
 from typing import Any
 
 from headsearch import space as spaces
-from headsearch.report.fronts import captions, front, front_json, front_table, identity, points
+from headsearch.report.fronts import (
+    FrontPoint,
+    best_point,
+    captions,
+    front,
+    front_json,
+    front_table,
+    identity,
+    point_json,
+    points,
+    spread,
+)
 from headsearch.report.images import image_lines
 from headsearch.report.tables import Table, accuracy, duration
-from headsearch.report.trials import STATES, best, in_order, overrides_of, params_text, trial_json, varying
+from headsearch.report.trials import STATES, in_order, overrides_of, params_text, trial_json, varying
 from headsearch.search.imagesets import KnownImages
 from headsearch.search.snapshot import Progress, Snapshot, TrialRow
 from headsearch.search.studies import Study
@@ -124,16 +135,27 @@ def ending(
     lines = [*front_lines(snapshot), "", totals(snapshot, seconds)]
     if failed := failures(snapshot):
         lines += ["failed:", *(f"  {line}" for line in failed)]
-    top = best(snapshot)
-    if top is not None and top.state == "complete":
+    top = best_point(snapshot)
+    if top is not None:
         lines += [
-            f"best: trial {top.number}, accuracy {accuracy(top.probe_accuracy)} (validation), "
-            + params_text(in_order(snapshot.study.spec, top.params)),
-            f"train it again: {reproduction(snapshot.study.spec, top, file, overrides)}",
+            f"best: {best_text(top)}, {params_text(top.params)}",
+            f"train it again: {reproduction(snapshot.study.spec, _first(snapshot, top), file, overrides)}",
         ]
     if snapshot.study.spec.mode != "search":
         lines.append(f"all points ranked: headsearch study compare {snapshot.study.name}")
     return [*lines, f"browse: headsearch dashboard {snapshot.study.name}"]
+
+
+def best_text(point: FrontPoint) -> str:
+    """Which trials a point is, and its accuracy: the mean of its seeds."""
+    measured = f"accuracy {spread(point.probe_accuracy)} (validation"
+    if point.asked == 1:
+        return f"trial {point.numbers[0]}, {measured})"
+    return f"trials {', '.join(map(str, point.numbers))}, {measured}, n = {point.n_text} seeds)"
+
+
+def _first(snapshot: Snapshot, point: FrontPoint) -> TrialRow:
+    return next(trial for trial in snapshot.trials if trial.number == point.numbers[0])
 
 
 def front_lines(snapshot: Snapshot) -> list[str]:
@@ -162,17 +184,24 @@ def ending_json(
     snapshot: Snapshot, file: str, overrides: Sequence[str] = (), *, seconds: float | None = None
 ) -> dict[str, Any]:
     """The same as plain data."""
-    top = best(snapshot)
-    complete = top is not None and top.state == "complete"
+    top = best_point(snapshot)
     return {
         **front_json(snapshot),
         "seconds": seconds,
         "failures": failures(snapshot),
-        "best": trial_json(top) if top and complete else None,
-        "train_best_again": reproduction(snapshot.study.spec, top, file, overrides)
-        if top and complete
+        "best": _best_json(snapshot, top) if top else None,
+        "train_best_again": reproduction(snapshot.study.spec, _first(snapshot, top), file, overrides)
+        if top
         else None,
     }
+
+
+def _best_json(snapshot: Snapshot, point: FrontPoint) -> dict[str, Any]:
+    """The trial, or with several seeds the point and its trials."""
+    if point.asked == 1:
+        return trial_json(_first(snapshot, point))
+    runs = [trial_json(trial) for trial in snapshot.trials if trial.number in point.numbers]
+    return {**point_json(point), "trials": runs}
 
 
 def study_json(snapshot: Snapshot) -> dict[str, Any]:

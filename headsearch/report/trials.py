@@ -79,9 +79,10 @@ def trial_table(snapshot: Snapshot, *, most: int | None = MOST_ROWS) -> Table:
 
 
 def best(snapshot: Snapshot) -> TrialRow | None:
-    """The complete trial of the highest validation accuracy; before there is one, the best report.
+    """Of a study of one seed, the complete trial of the highest validation accuracy, or else the best report.
 
-    Of equals, the one of the smallest projection dim, which is the one on the front.
+    With several seeds the best is a point: `fronts.best_point`. Of equals, the one of the smallest projection
+    dim, which is the one on the front.
     """
     measured = [t for t in snapshot.complete if t.probe_accuracy is not None] or [
         t for t in snapshot.trials if t.probe_accuracy is not None and t.state != "failed"

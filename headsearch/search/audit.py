@@ -6,6 +6,9 @@ for adoption, are legal in an open study: they are notes, not violations.
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +17,9 @@ from sqlalchemy import Connection, text
 from headsearch.search import outcomes
 from headsearch.search.database import Database
 from headsearch.search.imagesets import known_images, strangers
+from headsearch.search.points import INFEASIBLE, mean_values, state_of
 from headsearch.search.sampling import distributions
 from headsearch.search.studies import Study
-
-TOLD = {"running": "RUNNING", "paused": "RUNNING"} | {
-    state: told.name for state, told in outcomes.OPTUNA_STATES.items()
-}
-"""Optuna's state of a trial, by ours."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,7 @@ def audit(database: Database, study: Study) -> Audit:
             *reader.leases(),
             *reader.reports(),
             *reader.rungs(),
+            *reader.points(),
             *reader.values(),
             *reader.copies(),
             *reader.images(),
@@ -126,27 +126,27 @@ class _Reader:
         return found
 
     def optuna(self) -> list[Finding]:
-        """Optuna has each trial once, in the state that ours implies, and no other."""
-        found = []
+        """Optuna has each point once, in the state that its runs imply, and no other trial.
+
+        A point is the runs of one trial of Optuna's that were not requeued; with one seed, each is one.
+        """
+        found, points, seeds = [], defaultdict(list), len(self.spec.seeds)
         for row in self.all(
-            "SELECT t.number, t.state, t.outcome IS NOT NULL AS decided, o.state::text AS told, "
-            "o.number AS optuna_number FROM headsearch.trials t "
+            "SELECT t.number, t.trial_id, t.state, t.requeued, t.point_key, t.outcome, "
+            "o.state::text AS told, o.number AS optuna_number FROM headsearch.trials t "
             "LEFT JOIN public.trials o ON o.trial_id = t.trial_id "
             "WHERE t.study_id = :study_id ORDER BY t.number"
         ):
-            if row.told is None or row.optuna_number != row.number:
+            if row.told is None or (seeds == 1 and row.optuna_number != row.number):
                 found.append(Finding("Optuna's trial", f"trial {row.number}: Optuna has none of this number"))
-            elif row.told != TOLD[row.state]:
-                untold = row.decided and row.state in ("running", "paused")
-                waiting = untold and self.state != "complete"
-                what = "is decided and not told yet" if waiting else "was ended by another client"
-                found.append(
-                    Finding(
-                        "Optuna's state",
-                        f"trial {row.number} {what}: {row.state} here, {row.told} in Optuna",
-                        violated=not waiting,
-                    )
-                )
+            elif not row.requeued:
+                points[row.point_key].append(row)
+        for runs in points.values():
+            if len({run.trial_id for run in runs}) > 1:
+                numbers = ", ".join(str(run.number) for run in runs)
+                found.append(Finding("Optuna's trial", f"trials {numbers}: one point, and several in Optuna"))
+            else:
+                found += self._told(runs)
         strays = self.all(
             "SELECT number, state::text AS state FROM public.trials o WHERE study_id = :study_id "
             "AND NOT EXISTS (SELECT 1 FROM headsearch.trials t WHERE t.trial_id = o.trial_id) ORDER BY number"
@@ -162,6 +162,25 @@ class _Reader:
                 )
             )
         return found
+
+    def _told(self, runs: list[Any]) -> list[Finding]:
+        """That Optuna's trial of these runs is in the state that they imply."""
+        row = runs[-1]
+        name = f"trial {row.number}" if len(self.spec.seeds) == 1 else f"point {row.optuna_number}"
+        ended = [run.outcome for run in runs if run.state in outcomes.OPTUNA_STATES]
+        state = state_of(ended, len(self.spec.seeds)) if len(ended) == len(runs) else None
+        told = outcomes.OPTUNA_STATES[state].name if state else "RUNNING"
+        if row.told == told:
+            return []
+        if row.told == "FAIL" and state is None and len(ended) == len(runs):
+            # Of a study that was cancelled before all seeds were begun; the next seed takes a new trial.
+            return []
+        untold = any(run.outcome and run.state in ("running", "paused") for run in runs)
+        waiting = untold and self.state != "complete"
+        what = "is decided and not told yet" if waiting else "was ended by another client"
+        here = row.state if len(runs) == 1 else state or "running"
+        message = f"{name} {what}: {here} here, {row.told} in Optuna"
+        return [Finding("Optuna's state", message, violated=not waiting)]
 
     def leases(self) -> list[Finding]:
         """A lease that runs is held by a registered worker that has not ended."""
@@ -236,6 +255,37 @@ class _Reader:
             if row.epoch not in rungs
         ]
 
+    def points(self) -> list[Finding]:
+        """The seeds of a point pass each rung together, and are pruned or complete together.
+
+        Not where one failed by its configuration, was requeued, or was paused when the study was cancelled,
+        and not in studies whose seeds an earlier version judged one by one.
+        """
+        if len(self.spec.seeds) == 1 or self.study.seeds_apart:
+            return []
+        found, points = [], defaultdict(list)
+        for row in self.all(
+            "SELECT number, point_key, state, epoch, requeued, "  # noqa: S608
+            f"coalesce({INFEASIBLE}, false) AS infeasible, "
+            "coalesce(outcome->>'state' = 'failed', false) AS failed, "
+            "coalesce(outcome->>'message' LIKE '%when the study was cancelled', false) AS cancelled "
+            "FROM headsearch.trials WHERE study_id = :study_id ORDER BY number"
+        ):
+            points[row.point_key].append(row)
+        for runs in points.values():
+            if any(run.infeasible or run.requeued or run.cancelled for run in runs):
+                continue
+            left = [run for run in runs if not run.failed]
+            name = "trials " + ", ".join(str(run.number) for run in runs)
+            for rung in self.spec.rungs:
+                behind = len(runs) < len(self.spec.seeds) or any(run.epoch < rung for run in left)
+                if behind and any(run.epoch > rung for run in left):
+                    found.append(Finding("seeds", f"{name}: one passed epoch {rung} without the others"))
+            states = {run.state for run in left}
+            if self.state == "complete" and len(states) > 1:
+                found.append(Finding("seeds", f"{name}: a point that is {' and '.join(sorted(states))}"))
+        return found
+
     def values(self) -> list[Finding]:
         """A complete trial has a value for each objective, a failed one a reason."""
         found = []
@@ -278,13 +328,14 @@ class _Reader:
             shown.setdefault(row.number, {})[row.param_name] = row.param_value
         values: dict[int, list[float]] = {}
         for row in self.all(
-            "SELECT t.number, v.value FROM headsearch.trials t JOIN public.trial_values v USING (trial_id) "
-            "WHERE t.study_id = :study_id AND t.state = 'complete' ORDER BY t.number, v.objective"
+            "SELECT o.trial_id, v.value FROM public.trials o JOIN public.trial_values v USING (trial_id) "
+            "WHERE o.study_id = :study_id AND o.state = 'COMPLETE' ORDER BY o.trial_id, v.objective"
         ):
-            values.setdefault(row.number, []).append(row.value)
+            values.setdefault(row.trial_id, []).append(row.value)
+        ours_told: dict[int, list[Any]] = defaultdict(list)
         found = []
         for row in self.all(
-            "SELECT number, params, outcome->'values' AS values FROM headsearch.trials "
+            "SELECT number, trial_id, params, requeued, outcome FROM headsearch.trials "
             "WHERE study_id = :study_id ORDER BY number"
         ):
             ours = {
@@ -296,6 +347,19 @@ class _Reader:
             # A claim that was cut short leaves some unsaid; none may contradict.
             if any(theirs[path] != ours.get(path) for path in theirs):
                 found.append(Finding("Optuna's trial", f"trial {row.number}: Optuna has other parameters"))
-            if row.number in values and values[row.number] != row.values:
-                found.append(Finding("Optuna's trial", f"trial {row.number}: Optuna has other values"))
+            if not row.requeued and row.outcome and row.outcome["state"] == "complete":
+                ours_told[row.trial_id].append(row)
+        for trial_id, rows in ours_told.items():
+            told = values.get(trial_id)
+            same = not told or _close(told, mean_values([row.outcome for row in rows]))
+            if not same:
+                numbers = ", ".join(str(row.number) for row in rows)
+                found.append(Finding("Optuna's trial", f"trial {numbers}: Optuna has other values"))
         return found
+
+
+def _close(told: Sequence[float], ours: Sequence[float]) -> bool:
+    """Whether they are the same, but for the rounding of a mean that the database took (migration 4)."""
+    return len(told) == len(ours) and all(
+        math.isclose(left, right, rel_tol=1e-12) for left, right in zip(told, ours, strict=True)
+    )

@@ -2,15 +2,19 @@
 
 In this order: an orphan is adopted (its lease ran out, or its worker gave it back), a paused trial
 that earned its next epochs is promoted (the deepest rung first), a new trial is begun while the budget
-lasts. When nothing is left to do but others still train, the worker waits: their reports may promote
-a trial, or they may die. When nothing is left at all, the paused trials are pruned and the study is
-complete.
+lasts: the next seed of a point that was begun, before a new point. When nothing is left to do but
+others still train, the worker waits: their reports may promote a trial, or they may die. When nothing is
+left at all, the paused trials are pruned and the study is complete.
 
 The whole decision holds an advisory lock of the study, so the budget is exact and no two workers
 take the same trial however close they come. A process that dies while it holds the lock loses it with
 its connection, and leaves nothing: a new trial becomes Optuna's and ours in the same transaction. A RUNNING
 trial of Optuna's that our table does not know was begun by another client; the next claim for a new trial
 takes that one, with its number and any parameters it has.
+
+With several seeds the point is what earns its next epochs (`points`). Its trials wait at a rung until all of
+them are there, are judged by their mean, and go on one after another, ahead of whatever else there is to do.
+By the rule `stop` they are judged at the first claim after the last of them came, and end together.
 """
 
 from __future__ import annotations
@@ -24,12 +28,12 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Connection, Row, text
 
 from headsearch.errors import UnknownStudyError
-from headsearch.search import history, outcomes
+from headsearch.search import history, outcomes, promotions
 from headsearch.search.database import Database, lock_claims, quietly, translated
+from headsearch.search.feasibility import learned
 from headsearch.search.history import Seen
-from headsearch.search.rungs import worthy
-from headsearch.search.sampling import distributions, make_sampler, propose
-from headsearch.search.standings import standings
+from headsearch.search.points import INFEASIBLE, running_trial
+from headsearch.search.sampling import distributions, make_sampler, propose, taught
 from headsearch.search.studies import Study
 from headsearch.search.work import Claim, Idle, point_key
 from headsearch.space import Params
@@ -113,6 +117,10 @@ class _Decision:
         orphan = self._orphan(decided)
         if orphan is not None or decided:
             return orphan
+        if self.spec.pruning.rule == "stop" and len(self.spec.seeds) > 1:
+            decided.extend(promotions.end_the_rest(self.database, self.connection, self.study))
+            if decided:
+                return None
         if (promoted := self._promotable()) is not None:
             return self._take(promoted, "promoted", "rung = rung + 1")
         if (begun := self._new()) is not None:
@@ -207,37 +215,27 @@ class _Decision:
         )
 
     def _promotable(self) -> int | None:
-        paused = {
-            row.rung: set(row.numbers)
-            for row in self._execute(
-                "SELECT rung, array_agg(number) AS numbers FROM headsearch.trials "
-                "WHERE study_id = :study_id AND state = 'paused' AND outcome IS NULL GROUP BY rung"
-            )
-        }
-        for rung in sorted(paused, reverse=True):
-            stood = standings(self.database, self.connection, self.study, self.spec.rungs[rung])
-            for number in worthy(stood, self.spec.pruning.eta):
-                if number in paused[rung]:
-                    return number
-        return None
+        return promotions.next_run(self.database, self.connection, self.study)
 
     def _new(self) -> Claim | None:
         counts = self._one(
-            "SELECT count(*) AS begun, count(*) FILTER (WHERE epoch >= :first) AS reported, "
-            "count(*) FILTER (WHERE state = 'complete') AS complete "
-            "FROM headsearch.trials WHERE study_id = :study_id AND NOT requeued",
+            "SELECT count(*) AS begun, "  # noqa: S608
+            f"count(*) FILTER (WHERE epoch >= :first OR {INFEASIBLE}) AS told, "
+            "(SELECT count(*) FROM public.trials o WHERE o.study_id = :study_id AND o.state = 'COMPLETE') "
+            "AS complete FROM headsearch.trials WHERE study_id = :study_id AND NOT requeued",
             first=self.spec.rungs[0] if self.spec.rungs else self.spec.budget.epochs,
         )
         assert counts is not None  # noqa: S101 - an aggregate has one row
         if counts.begun >= self.spec.trials:
             return None
+        several = len(self.spec.seeds) > 1
         with translated():
             notes: dict[str, Any] = {}
             fixed = self._requeued() or self._next_fixed(counts.begun)
             trial = self._optuna_trial(fixed[0] if fixed else None)
             if fixed is None:
                 warmed_up = (
-                    counts.reported >= self.spec.sampler.startup_trials
+                    counts.told >= self.spec.sampler.startup_trials
                     and counts.complete >= MODEL_NEEDS_COMPLETE
                 )
                 params, seed = self._proposed(trial, notes, warmed_up=warmed_up), self.spec.seeds[0]
@@ -247,27 +245,41 @@ class _Decision:
             """
             INSERT INTO headsearch.trials
                 (study_id, number, trial_id, point_key, seed, params, worker_id, device, lease_until)
-            VALUES (:study_id, :number, :trial_id, :point_key, :seed, CAST(:params AS json), :worker_id,
+            VALUES (:study_id, coalesce(:number,
+                        (SELECT max(number) + 1 FROM headsearch.trials WHERE study_id = :study_id), 0),
+                    :trial_id, :point_key, :seed, CAST(:params AS json), :worker_id,
                     :device, clock_timestamp() + make_interval(secs => :lease))
             RETURNING number, trial_id, params, seed, attempt, epoch, rung
             """,
-            number=trial.number,
+            # Optuna numbers points.
+            number=None if several else trial.number,
             trial_id=trial._trial_id,
             point_key=point_key(params),
             seed=seed,
             params=json.dumps(params),
         )
         assert row is not None  # noqa: S101
+        if fixed and several:
+            # Where the point's trial was told before one of its seeds was requeued, this one takes its place.
+            self._execute(
+                "UPDATE headsearch.trials SET trial_id = :trial_id WHERE study_id = :study_id "
+                "AND point_key = :point_key AND NOT requeued AND trial_id <> :trial_id",
+                trial_id=trial._trial_id,
+                point_key=point_key(params),
+            )
         history.store(
             self.connection, trial._trial_id, params, distributions(self.spec), notes, but=trial.params
         )
         return self._claim(row, "new")
 
     def _optuna_trial(self, fixed: Params | None) -> FrozenTrial:
-        """A fresh RUNNING trial, or one that another client of Optuna's began.
+        """That of a point of which a seed was begun, a fresh one, or one that another client began.
 
         One that was left with parameters of its own serves no point that is `fixed` otherwise, and ends.
         """
+        begun = fixed and len(self.spec.seeds) > 1 and running_trial(self.connection, self.study, fixed)
+        if begun:
+            return history.trial(self.connection, begun)
         for trial_id in outcomes.strays(self.connection, self.study, "RUNNING"):
             trial = history.trial(self.connection, trial_id)
             if fixed is None or all(fixed.get(path) == value for path, value in trial.params.items()):
@@ -311,15 +323,28 @@ class _Decision:
         return row and (row.params, next(seed for seed in self.spec.seeds if seed not in row.seeds))
 
     def _proposed(self, trial: FrozenTrial, notes: dict[str, Any], *, warmed_up: bool) -> Params:
-        sampler = make_sampler(self.spec.sampler, trial.number, warmed_up=warmed_up)
+        sampler = make_sampler(
+            self.spec.sampler, trial.number, warmed_up=warmed_up, seeds=len(self.spec.seeds)
+        )
         trials = self.database.memory(self.study.study_id).read(self.connection)
-        seen = Seen(self.database.storage, self.study.study_id, trials)
+        row = self._one(
+            "SELECT array_agg(point_key) AS keys, "  # noqa: S608
+            f"array_agg(trial_id) FILTER (WHERE {INFEASIBLE}) AS infeasible, "
+            "array_agg(trial_id) FILTER (WHERE epoch > 0) AS reported "
+            "FROM headsearch.trials WHERE study_id = :study_id AND NOT requeued"
+        )
+        assert row is not None  # noqa: S101 - an aggregate has one row
+        known, infeasible = frozenset(row.keys or ()), frozenset(row.infeasible or ())
+        seen = Seen(
+            self.database.storage,
+            self.study.study_id,
+            taught(trials, infeasible, self.spec.directions),
+        )
         with quietly():
             study = seen.study(self.study.name)
-        keys = self._execute(
-            "SELECT array_agg(point_key) FROM headsearch.trials WHERE study_id = :study_id AND NOT requeued"
-        ).scalar()
-        known = frozenset(keys or ())
-        params = propose(study, trial, self.spec.space, sampler, lambda params: point_key(params) in known)
+        feasibility = learned(self.spec, trials, infeasible, frozenset(row.reported or ()))
+        params = propose(
+            study, trial, self.spec.space, sampler, lambda params: point_key(params) in known, feasibility
+        )
         notes.update(seen.notes)
         return params

@@ -25,6 +25,7 @@ from headsearch.search.rungs import Standing
 from headsearch.space import Params
 
 _parsed = functools.lru_cache(maxsize=1024)(json_to_distribution)
+TPE_NOTES = "tpe:"
 _INFINITE = {"INF_POS": math.inf, "INF_NEG": -math.inf}
 
 
@@ -149,7 +150,11 @@ def store(
     *,
     but: Container[str],
 ) -> None:
-    """Give a running trial of Optuna's its parameters, those in `but` excepted, and a sampler's notes."""
+    """Give a running trial of Optuna's its parameters, those in `but` excepted, and a sampler's notes.
+
+    Not TPE's: of a trial that runs, TPE takes what it noted for parameters, also those that `when` left out.
+    A trial that waits at a rung runs for most of a study.
+    """
     paths = [path for path in dists if path in params and path not in but]
     connection.execute(
         text(
@@ -164,7 +169,35 @@ def store(
             "dists": [distribution_to_json(dists[path]) for path in paths],
         },
     )
-    write(connection, "trial_system_attributes", trial_id, notes)
+    kept = {key: value for key, value in notes.items() if not key.startswith(TPE_NOTES)}
+    write(connection, "trial_system_attributes", trial_id, kept)
+
+
+def end(
+    connection: Connection, trial_id: int, state: TrialState, values: Sequence[float] | None = None
+) -> bool:
+    """End a trial of Optuna's in the caller's transaction; false where another client ended or deleted it.
+
+    Source: optuna/storages/_rdb/storage.py, `set_trial_state_values`.
+    """
+    ended = connection.execute(
+        text(
+            "UPDATE public.trials SET state = :state, "
+            "datetime_complete = clock_timestamp() AT TIME ZONE 'UTC' "
+            "WHERE trial_id = :trial_id AND state = 'RUNNING'"
+        ),
+        {"trial_id": trial_id, "state": state.name},
+    ).rowcount
+    if ended and values is not None:
+        connection.execute(
+            text(
+                "INSERT INTO public.trial_values (trial_id, objective, value, value_type) "
+                "SELECT :trial_id, v.at - 1, v.value, 'FINITE' "
+                "FROM unnest(CAST(:values AS float8[])) WITH ORDINALITY AS v (value, at)"
+            ),
+            {"trial_id": trial_id, "values": list(values)},
+        )
+    return bool(ended)
 
 
 def write(connection: Connection, table: str, trial_id: int, values: Mapping[str, Any]) -> None:

@@ -106,9 +106,11 @@ def report(database: Database, study: Study, claim: Claim, said: Report) -> Stud
 def arrive(database: Database, study: Study, claim: Claim) -> Literal["paused", "go on", "ended"]:
     """At the rung `claim.stop_at`: pause, or by the rule `stop` go on or end.
 
-    The report of that epoch, and the checkpoint, must be stored before.
+    A trial with other seeds beside it pauses by the rule `stop` as well: only a claim, which holds the
+    study's lock, can tell that all of them are there. The report of that epoch, and the checkpoint, must be
+    stored before.
     """
-    if study.spec.pruning.rule == "promote":
+    if study.spec.pruning.rule == "promote" or (claim.stop_at is not None and len(study.spec.seeds) > 1):
         with database.begin() as connection:
             _held(connection, study, claim, "state = 'paused', lease_until = NULL")
         return "paused"
@@ -116,7 +118,8 @@ def arrive(database: Database, study: Study, claim: Claim) -> Literal["paused", 
         return "go on"
     with database.begin() as connection:
         decided = connection.scalar(
-            text(f"SELECT outcome IS NOT NULL FROM headsearch.trials WHERE {_HELD}"),  # noqa: S608
+            # Also where it is told: the answer to an end may be lost, and the rung have room by now.
+            text(f"SELECT outcome IS NOT NULL FROM headsearch.trials WHERE {_CLAIMED}"),  # noqa: S608
             _names(study, claim),
         )
         best = (
@@ -188,10 +191,8 @@ def set_back(
     return "failed" if row.failed else "again"
 
 
-_HELD = (
-    "study_id = :study_id AND number = :number AND attempt = :attempt AND state = 'running' "
-    "AND worker_id = :worker_id"
-)
+_CLAIMED = "study_id = :study_id AND number = :number AND attempt = :attempt AND worker_id = :worker_id"
+_HELD = f"{_CLAIMED} AND state = 'running'"
 
 
 def _names(study: Study, claim: Claim) -> dict[str, Any]:

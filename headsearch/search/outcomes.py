@@ -10,11 +10,14 @@
                        adopted by a worker, from the checkpoint;
                        after `lease.max_attempts` losses: FAILED (lost)
 
-To Optuna, paused and orphaned trials are RUNNING; COMPLETE, PRUNED and FAIL are told once.
+Here a trial is a run: one seed of a point. Optuna has one trial for each point, which is RUNNING until all
+seeds of the point have ended, and is told once: COMPLETE with the means of its seeds, PRUNED where the point
+was pruned, FAIL where a seed failed (`points.state_of`).
 
-Telling takes three steps, each safe to repeat: the outcome is written to our row (only by the worker
-whose claim is the latest), Optuna is told, our row takes its final state. A worker that dies between
-them leaves an orphan with an outcome; whoever adopts it tells what was decided and trains nothing.
+Telling takes two steps, each safe to repeat: the outcome is written to our row (only by the worker whose
+claim is the latest); then our row takes its final state, and Optuna is told in the same transaction if it is
+the last of its point. A worker that dies between them leaves an orphan with an outcome; whoever adopts it
+tells what was decided and trains nothing.
 
 Nothing else in headsearch calls `tell`. A trial that another client finished or deleted meanwhile is
 left as it is.
@@ -25,18 +28,19 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 from pydantic import ValidationError
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, Row, text
 
 from headsearch.errors import LeaseLost
 from headsearch.search import history
 from headsearch.search.database import Database, quietly, translated
+from headsearch.search.points import mean_values, state_of, told_of_seeds
 from headsearch.search.studies import Study
 from headsearch.space import Params
 
@@ -126,14 +130,17 @@ def lost(history: list[dict[str, Any]], last: str, epoch: int) -> str:
     return storable(Outcome("failed", reason="lost", message=f"{len(before) + 1} times: {told}"))
 
 
-def strays(connection: Connection, study: Study, *states: str) -> list[int]:
-    """Optuna's ids of trials that only Optuna has, in one of `states`, the oldest first."""
+def strays(connection: Connection, study: Study, *states: str, left_out: str = "true") -> list[int]:
+    """Optuna's ids of trials in one of `states` that no row of ours has, the oldest first.
+
+    `left_out` is SQL that says which of our rows count.
+    """
     return list(
         connection.scalars(
             text(
-                "SELECT trial_id FROM public.trials o WHERE study_id = :study_id "
-                "AND state::text = ANY(:states) "
-                "AND NOT EXISTS (SELECT 1 FROM headsearch.trials t WHERE t.trial_id = o.trial_id) "
+                "SELECT trial_id FROM public.trials o WHERE study_id = :study_id "  # noqa: S608
+                "AND state::text = ANY(:states) AND NOT EXISTS ("
+                f"SELECT 1 FROM headsearch.trials t WHERE t.trial_id = o.trial_id AND {left_out}) "
                 "ORDER BY number"
             ),
             {"study_id": study.study_id, "states": list(states)},
@@ -142,9 +149,12 @@ def strays(connection: Connection, study: Study, *states: str) -> list[int]:
 
 
 def fail_strays(database: Database, connection: Connection, study: Study) -> None:
-    """End trials that only Optuna has, in a study that ends: other clients began or enqueued them."""
+    """End trials of Optuna's that nothing becomes of, in a study that ends.
+
+    Other clients began or enqueued them, or a study was cancelled before all seeds of a point were begun.
+    """
     with quietly(), translated():
-        for trial_id in strays(connection, study, "RUNNING", "WAITING"):
+        for trial_id in strays(connection, study, "RUNNING", "WAITING", left_out="t.finished_at IS NULL"):
             with contextlib.suppress(UpdateFinishedTrialError):
                 database.storage.set_trial_state_values(trial_id, TrialState.FAIL)
 
@@ -162,88 +172,133 @@ def pending(connection: Connection, study_id: int) -> list[int]:
     )
 
 
-def prune_paused(connection: Connection, study_id: int) -> list[int]:
-    """Decide that all paused trials of a study end here; returns the numbers of all that are to be told."""
+def prune_paused(
+    connection: Connection,
+    study_id: int,
+    numbers: Sequence[int] | None = None,
+    *,
+    why: str = "not among the best at epoch %s",
+) -> list[int]:
+    """Decide that all paused trials of a study end here, or those of `numbers`.
+
+    Returns the numbers of all that are to be told.
+    """
     connection.execute(
         text(
             """
             UPDATE headsearch.trials SET outcome = jsonb_build_object(
                 'state', 'pruned', 'values', NULL, 'reason', NULL,
-                'message', format('not among the best at epoch %s', epoch),
+                'message', format(:why, epoch),
                 'facts', jsonb_build_object('pruned_at_epoch', epoch))
             WHERE study_id = :study_id AND state = 'paused' AND outcome IS NULL
+            AND (:all OR number = ANY(:numbers))
             """
         ),
-        {"study_id": study_id},
+        {"study_id": study_id, "why": why, "all": numbers is None, "numbers": list(numbers or ())},
     )
     return pending(connection, study_id)
 
 
 def tell_decided(database: Database, study: Study, number: int) -> None:
-    """Tell Optuna the outcome that our row has, then give the row its final state."""
-    with database.begin() as connection:
-        row = connection.execute(
-            text(
-                """
-                SELECT t.trial_id, t.outcome, t.params, t.seed, t.worker_id, t.device,
-                       t.projection_dim, t.head_parameters, t.losses, t.history,
-                       r.epoch, r.probe_accuracy, r.views_per_second, r.train_seconds
-                FROM headsearch.trials t
-                LEFT JOIN LATERAL (
-                    SELECT * FROM headsearch.reports
-                    WHERE study_id = t.study_id AND number = t.number ORDER BY epoch DESC LIMIT 1) r ON true
-                WHERE t.study_id = :study_id AND t.number = :number AND t.outcome IS NOT NULL
-                AND t.state IN ('running', 'paused')
-                """
-            ),
-            {"study_id": study.study_id, "number": number},
-        ).one_or_none()
-    if row is None:
-        return  # told by another worker, or deleted with its study
-    outcome: dict[str, Any] = row.outcome
-    attributes = {
-        "seed": row.seed,
-        "worker": row.worker_id,
-        "host": row.worker_id and row.worker_id.rsplit(":", 2)[0],
-        "device": row.device,
-        "epochs": row.epoch,
-        "projection_dim": row.projection_dim,
-        "head_parameters": row.head_parameters,
-        "last_report_accuracy": row.probe_accuracy,
-        "views_per_second": row.views_per_second,
-        "train_seconds": row.train_seconds,
-        "losses": row.losses,
-        "history": row.history or None,
-        "reason": outcome["reason"],
-        "message": outcome["message"],
-        "config": _config(study, row.params, row.seed),
-    } | outcome["facts"]
-    with quietly(), translated():
-        try:
-            with database.begin() as connection:
-                history.write(
-                    connection,
-                    "trial_user_attributes",
-                    row.trial_id,
-                    {key: value for key, value in attributes.items() if value is not None},
-                )
-            database.storage.set_trial_state_values(
-                row.trial_id, OPTUNA_STATES[outcome["state"]], outcome["values"]
+    """Give a run that is decided its final state, and tell Optuna of its point where it is the last one."""
+    while True:
+        with database.begin() as connection:
+            runs = _runs_beside(connection, study, number)
+            if not any(run.number == number and run.pending for run in runs):
+                return  # told by another worker, or deleted with its study
+            told = state_of([run.outcome for run in runs], len(study.spec.seeds))
+            if told is not None:
+                _describe(connection, study, runs)
+        with database.begin() as connection:
+            # One after another, so that whoever decides last sees what all others decided; and no run is
+            # requeued meanwhile.
+            again = _runs_beside(connection, study, number, locking=True)
+            if not any(run.number == number and run.pending for run in again):
+                return
+            if told != state_of([run.outcome for run in again], len(study.spec.seeds)):
+                continue
+            if told is not None:
+                # Where another client finished or deleted it, its word stands in Optuna, ours in our rows.
+                values = mean_values([run.outcome for run in again]) if told == "complete" else None
+                history.end(connection, again[0].trial_id, OPTUNA_STATES[told], values)
+            connection.execute(
+                text(
+                    """
+                    UPDATE headsearch.trials
+                    SET state = outcome->>'state', lease_until = NULL, finished_at = clock_timestamp()
+                    WHERE study_id = :study_id AND number = :number AND state IN ('running', 'paused')
+                    """
+                ),
+                {"study_id": study.study_id, "number": number},
             )
-        except (UpdateFinishedTrialError, KeyError, ValueError):
-            # Another client finished or deleted it. Its word stands in Optuna, ours in our row.
-            optuna.logging.get_logger("optuna").debug("trial %d was ended elsewhere", number)
-    with database.begin() as connection:
-        connection.execute(
+            return
+
+
+def _runs_beside(
+    connection: Connection, study: Study, number: int, *, locking: bool = False
+) -> Sequence[Row[Any]]:
+    """The runs of a run's point, itself among them, as the database has them now."""
+    return connection.execute(
+        text(
+            f"""
+            SELECT t.number, t.trial_id, t.outcome, t.params, t.seed, t.worker_id, t.device,
+                   t.projection_dim, t.head_parameters, t.losses, t.history, t.epoch,
+                   t.outcome IS NOT NULL AND t.state IN ('running', 'paused') AS pending
+            FROM headsearch.trials t
+            WHERE t.study_id = :study_id AND NOT t.requeued AND t.point_key = (
+                SELECT point_key FROM headsearch.trials WHERE study_id = :study_id AND number = :number)
+            ORDER BY t.number {"FOR UPDATE OF t" if locking else ""}
+            """  # noqa: S608
+        ),
+        {"study_id": study.study_id, "number": number},
+    ).all()
+
+
+def _describe(connection: Connection, study: Study, runs: Sequence[Row[Any]]) -> None:
+    """Write what Optuna's page shows of a point on its trial."""
+    last = {
+        row.number: row
+        for row in connection.execute(
             text(
-                """
-                UPDATE headsearch.trials
-                SET state = outcome->>'state', lease_until = NULL, finished_at = clock_timestamp()
-                WHERE study_id = :study_id AND number = :number AND state IN ('running', 'paused')
-                """
+                "SELECT DISTINCT ON (number) number, epoch, probe_accuracy, views_per_second, train_seconds "
+                "FROM headsearch.reports WHERE study_id = :study_id AND number = ANY(:numbers) "
+                "ORDER BY number, epoch DESC"
             ),
-            {"study_id": study.study_id, "number": number},
+            {"study_id": study.study_id, "numbers": [run.number for run in runs]},
         )
+    }
+    shown = [_shown(study, run, last.get(run.number)) for run in runs]
+    if len(study.spec.seeds) == 1:
+        attributes = shown[0] | runs[0].outcome["facts"]
+    else:
+        rows = [{"number": run.number, **one} for run, one in zip(runs, shown, strict=True)]
+        attributes = told_of_seeds(rows, [run.outcome for run in runs], len(study.spec.seeds))
+    history.write(
+        connection,
+        "trial_user_attributes",
+        runs[0].trial_id,
+        {key: value for key, value in attributes.items() if value is not None},
+    )
+
+
+def _shown(study: Study, run: Row[Any], last: Row[Any] | None) -> dict[str, Any]:
+    return {
+        "seed": run.seed,
+        "worker": run.worker_id,
+        "host": run.worker_id and run.worker_id.rsplit(":", 2)[0],
+        "device": run.device,
+        "epochs": last and last.epoch,
+        "projection_dim": run.projection_dim,
+        "head_parameters": run.head_parameters,
+        "last_report_accuracy": last and last.probe_accuracy,
+        "views_per_second": last and last.views_per_second,
+        "train_seconds": last and last.train_seconds,
+        "losses": run.losses,
+        "history": run.history or None,
+        "reason": run.outcome["reason"],
+        "message": run.outcome["message"],
+        "config": _config(study, run.params, run.seed),
+    }
 
 
 def _config(study: Study, params: Params, seed: int) -> dict[str, Any]:

@@ -45,7 +45,7 @@ WORKER_MAY: dict[str, tuple[str, ...]] = {
     "headsearch.trials": (
         "SELECT",
         "INSERT",
-        "UPDATE (state, rung, epoch, attempt, worker_id, device, lease_until, losses, history)",
+        "UPDATE (trial_id, state, rung, epoch, attempt, worker_id, device, lease_until, losses, history)",
         "UPDATE (projection_dim, head_parameters, outcome, finished_at)",
     ),
     "headsearch.reports": ("SELECT", "INSERT"),

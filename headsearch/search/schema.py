@@ -129,6 +129,65 @@ MIGRATIONS: tuple[str, ...] = (
         PRIMARY KEY (study_id, data)
     );
     """,
+    """
+    -- Optuna's trial is a point, and the seeds of the point are our rows below it. Before, each seed had one
+    -- of its own, which paused, ended and was told by itself: the point's is now that of the first seed, and
+    -- says what is true of the point; those of other seeds are FAIL, which no sampler and no front looks at.
+    ALTER TABLE headsearch.studies ADD COLUMN seeds_apart boolean NOT NULL DEFAULT false;
+    ALTER TABLE headsearch.trials
+        DROP CONSTRAINT trials_trial_id_key,
+        DROP CONSTRAINT trials_requeued_check,
+        ADD CONSTRAINT trials_requeued_check CHECK (NOT requeued OR state IN ('failed', 'pruned'));
+    CREATE INDEX trials_by_trial_id ON headsearch.trials (trial_id);
+
+    UPDATE headsearch.studies s SET seeds_apart = true
+    WHERE json_array_length(spec->'seeds') > 1
+    AND EXISTS (SELECT 1 FROM headsearch.trials t WHERE t.study_id = s.study_id);
+
+    CREATE TEMPORARY TABLE merged ON COMMIT DROP AS
+    SELECT t.study_id, t.point_key, min(t.trial_id) AS trial_id, array_agg(t.trial_id) AS trial_ids,
+           json_array_length(s.spec->'seeds') AS seeds, count(*) AS begun,
+           count(*) FILTER (WHERE t.state = 'complete') AS complete,
+           count(*) FILTER (WHERE t.state = 'failed') AS failed,
+           count(*) FILTER (WHERE t.finished_at IS NULL) AS unfinished,
+           s.state IN ('complete', 'cancelled') AS closed
+    FROM headsearch.trials t JOIN headsearch.studies s USING (study_id)
+    WHERE s.seeds_apart AND NOT t.requeued GROUP BY t.study_id, t.point_key, s.study_id;
+
+    DELETE FROM public.trial_values v USING merged m WHERE v.trial_id = ANY(m.trial_ids);
+    INSERT INTO public.trial_values (trial_id, objective, value, value_type)
+    SELECT m.trial_id, v.at - 1, avg(v.value::float8), 'FINITE'
+    FROM merged m
+    JOIN public.trials o ON o.trial_id = m.trial_id
+    JOIN headsearch.trials t ON t.study_id = m.study_id AND t.point_key = m.point_key AND NOT t.requeued
+    CROSS JOIN jsonb_array_elements_text(t.outcome->'values') WITH ORDINALITY AS v (value, at)
+    WHERE m.complete = m.seeds GROUP BY m.trial_id, v.at;
+
+    INSERT INTO public.trial_user_attributes (trial_id, key, value_json)
+    SELECT o.trial_id, 'message', to_json('a seed of the point that is trial ' || kept.number)::text
+    FROM merged m
+    JOIN public.trials kept ON kept.trial_id = m.trial_id
+    JOIN public.trials o ON o.trial_id = ANY(m.trial_ids) AND o.trial_id <> m.trial_id
+    ON CONFLICT (trial_id, key) DO UPDATE SET value_json = excluded.value_json;
+
+    UPDATE public.trials o SET
+        state = CASE
+            WHEN o.trial_id <> m.trial_id THEN 'FAIL'
+            WHEN m.unfinished > 0 OR (m.begun < m.seeds AND NOT m.closed) THEN 'RUNNING'
+            WHEN m.complete = m.seeds THEN 'COMPLETE'
+            WHEN m.failed > 0 OR m.begun < m.seeds THEN 'FAIL'
+            ELSE 'PRUNED' END::trialstate
+    FROM merged m WHERE o.trial_id = ANY(m.trial_ids);
+    UPDATE public.trials o SET datetime_complete =
+        CASE WHEN o.state <> 'RUNNING' THEN coalesce(o.datetime_complete, now() AT TIME ZONE 'UTC') END
+    FROM merged m WHERE o.trial_id = ANY(m.trial_ids);
+    UPDATE headsearch.trials t SET trial_id = m.trial_id FROM merged m
+    WHERE t.study_id = m.study_id AND t.point_key = m.point_key AND NOT t.requeued;
+
+    -- Of a trial that runs, TPE takes its notes for parameters, also of those that the trial does not have.
+    DELETE FROM public.trial_system_attributes a USING headsearch.trials t
+    WHERE a.trial_id = t.trial_id AND starts_with(a.key, 'tpe:');
+    """,
 )
 
 

@@ -11,6 +11,7 @@ from sqlalchemy import Row, text
 
 from headsearch.search.database import Database
 from headsearch.search.imagesets import KnownImages, Stranger, known_images, strangers
+from headsearch.search.points import INFEASIBLE, is_infeasible
 from headsearch.search.studies import Study, get
 from headsearch.space import Params
 
@@ -50,6 +51,13 @@ class TrialRow:
     facts: dict[str, Any]
     started_at: datetime
     finished_at: datetime | None
+    point: int | None = None
+    """Number of Optuna's trial, which is that of all seeds of a point."""
+
+    @property
+    def infeasible(self) -> bool:
+        """It failed, and by its configuration: so would the point anywhere."""
+        return self.state == "failed" and is_infeasible(self.reason, self.epoch)
 
 
 @dataclass(frozen=True)
@@ -134,10 +142,12 @@ def read(database: Database, name: str) -> Snapshot:
         trials = connection.execute(
             text(
                 """
-                SELECT t.*, t.state = 'running' AND t.lease_until < clock_timestamp() AS orphaned,
+                SELECT t.*, o.number AS point,
+                       t.state = 'running' AND t.lease_until < clock_timestamp() AS orphaned,
                        r.loss, r.probe_accuracy, r.feature_rank, r.projection_rank,
                        r.views_per_second, r.train_seconds
                 FROM headsearch.trials t
+                LEFT JOIN public.trials o ON o.trial_id = t.trial_id
                 LEFT JOIN LATERAL (
                     SELECT * FROM headsearch.reports
                     WHERE study_id = t.study_id AND number = t.number ORDER BY epoch DESC LIMIT 1) r ON true
@@ -191,24 +201,35 @@ class Progress:
     """Trials by state; orphans count as running."""
     epochs: int
     best_accuracy: float | None
+    """Of the best point: the mean of its seeds, all of them where there is such a point."""
 
 
 def progress(database: Database, study: Study) -> Progress:
     """Counts without reading the trials."""
+    values = {"study_id": study.study_id, "seeds": len(study.spec.seeds), "ended": study.ended}
     with database.begin() as connection:
         rows = connection.execute(
             text(
-                "SELECT state, count(*) AS n, sum(epoch) AS epochs, "
-                "max((outcome->'facts'->>'probe_accuracy')::float) AS best "
-                "FROM headsearch.trials WHERE study_id = :study_id AND NOT requeued GROUP BY state"
+                "SELECT state, count(*) AS n, sum(epoch) AS epochs FROM headsearch.trials "
+                "WHERE study_id = :study_id AND NOT requeued GROUP BY state"
             ),
-            {"study_id": study.study_id},
+            values,
         ).all()
-    best = [row.best for row in rows if row.best is not None]
+        best = connection.scalar(
+            text(
+                "SELECT avg((outcome->'facts'->>'probe_accuracy')::float) "  # noqa: S608
+                "FILTER (WHERE state = 'complete') AS accuracy FROM headsearch.trials "
+                "WHERE study_id = :study_id AND NOT requeued GROUP BY point_key "
+                f"HAVING NOT bool_or(coalesce({INFEASIBLE}, false)) AND bool_or(state = 'complete') "
+                "AND (count(finished_at) = :seeds OR count(finished_at) = count(*) AND :ended) "
+                "ORDER BY count(*) FILTER (WHERE state = 'complete') = :seeds DESC, accuracy DESC LIMIT 1"
+            ),
+            values,
+        )
     return Progress(
         Counter({row.state: row.n for row in rows}),
         sum(int(row.epochs) for row in rows),
-        max(best) if best else None,
+        best,
     )
 
 
@@ -241,4 +262,5 @@ def _trial(row: Row[Any]) -> TrialRow:
         facts=facts,
         started_at=row.started_at,
         finished_at=row.finished_at,
+        point=row.point,
     )

@@ -58,6 +58,8 @@ def requeue(
 ) -> list[int]:
     """Have failed trials trained again, under new numbers; opens the study where it had ended.
 
+    So are the seeds beside a failed one that were pruned: their point was judged, or ended, without it.
+
     Args:
         database: Where the study is.
         name: The study's.
@@ -84,6 +86,7 @@ def requeue(
             if row.state == "failed" and not row.requeued and reason in (None, row.outcome["reason"])
         ]
         if chosen:
+            chosen = _with_pruned_seeds(connection, study, chosen)
             connection.execute(
                 text(
                     "UPDATE headsearch.trials SET requeued = true, "  # noqa: S608
@@ -126,7 +129,8 @@ def cancel(database: Database, name: str, numbers: Sequence[int] = ()) -> list[i
         before = set(outcomes.pending(connection, study.study_id))
         _decide(connection, study, by_hand, numbers)
         if not numbers:
-            outcomes.prune_paused(connection, study.study_id)
+            why = "paused at epoch %s when the study was cancelled"
+            outcomes.prune_paused(connection, study.study_id, why=why)
             _set_state(connection, study, "cancelled")
         decided = outcomes.pending(connection, study.study_id)
     for number in decided:
@@ -206,6 +210,19 @@ def _rows(connection: Connection, study: Study, numbers: Sequence[int]) -> list[
     missing = sorted(set(numbers) - {row.number for row in rows})
     if missing:
         raise InputError(f"trial {missing[0]}: study {study.name!r} has none of this number")
+    return list(rows)
+
+
+def _with_pruned_seeds(connection: Connection, study: Study, numbers: Sequence[int]) -> list[int]:
+    """`numbers`, and the pruned trials of the same points."""
+    rows = connection.scalars(
+        text(
+            "SELECT number FROM headsearch.trials WHERE study_id = :study_id AND NOT requeued "
+            "AND (number = ANY(:numbers) OR state = 'pruned' AND point_key IN (SELECT point_key "
+            "FROM headsearch.trials WHERE study_id = :study_id AND number = ANY(:numbers))) ORDER BY number"
+        ),
+        {"study_id": study.study_id, "numbers": list(numbers)},
+    )
     return list(rows)
 
 

@@ -37,6 +37,8 @@ class Study:
     """Random, of this study in this database."""
     version: str = __version__
     """Of headsearch, whose trials these are."""
+    seeds_apart: bool = False
+    """Begun by a version that paused and pruned each seed of a point by itself."""
 
     @property
     def folder(self) -> str:
@@ -134,7 +136,10 @@ def delete(database: Database, name: str, *, force: bool = False) -> None:
             optuna.delete_study(study_name=name, storage=database.storage)
 
 
-_SELECT = "SELECT study_id, name, spec, state, created_at, completed_at, uid, version FROM headsearch.studies"
+_SELECT = (
+    "SELECT study_id, name, spec, state, created_at, completed_at, uid, version, seeds_apart "
+    "FROM headsearch.studies"
+)
 
 
 def _row(connection: Connection, name: str) -> Row[Any] | None:
@@ -144,7 +149,15 @@ def _row(connection: Connection, name: str) -> Row[Any] | None:
 def _study(row: Row[Any]) -> Study:
     spec = StudySpec.model_validate(row.spec)
     return Study(
-        row.study_id, row.name, spec, row.state, row.created_at, row.completed_at, row.uid, row.version
+        row.study_id,
+        row.name,
+        spec,
+        row.state,
+        row.created_at,
+        row.completed_at,
+        row.uid,
+        row.version,
+        row.seeds_apart,
     )
 
 

@@ -61,6 +61,27 @@ def test_seeds_have_error_bars_and_head_kind_may_stand_under_base() -> None:
     assert found["front (mean of seeds)"].error_y.array == (0.07071,)
 
 
+def test_points_that_lack_seeds_are_hollow_and_seeds_are_not_drawn_one_by_one() -> None:
+    drawn = snapshot(
+        trial(0, dim=8, acc=0.8), trial(1, dim=8, acc=0.9, seed=1),
+        trial(2, dim=4, acc=0.7), trial(3, "failed", dim=4, acc=None, seed=1, reason="lost"),
+        trial(4, "pruned", dim=16, acc=0.3), trial(5, "pruned", dim=16, acc=0.5, seed=1),
+        trial(6, dim=32, acc=0.9), trial(7, "running", dim=32, acc=0.9, seed=1), seeds=[0, 1],
+    )  # fmt: skip
+    figure = front_figure(drawn)
+    found = traces(figure)
+    assert set(found) == {
+        "head: linear", "head: linear, seeds missing", "pruned, at its last report", "front (mean of seeds; 1 lack seeds)",
+    }  # fmt: skip
+    assert (found["head: linear"].x, found["head: linear"].y) == ((8,), (0.85,))
+    assert "trials 0, 1, mean of 2 seeds" in found["head: linear"].text[0]
+    assert found["head: linear, seeds missing"].marker.symbol == "diamond-open"
+    assert "mean of 1 of 2 seeds" in found["head: linear, seeds missing"].text[0]
+    assert found["pruned, at its last report"].y == (0.4,)
+    assert "n = 1 of 2" in found["front (mean of seeds; 1 lack seeds)"].text[0]
+    assert "2 complete points of 2 seeds" in figure.layout.title.text
+
+
 def test_a_study_without_trials_is_drawn_empty() -> None:
     assert front_figure(snapshot()).data == ()
 

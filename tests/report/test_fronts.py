@@ -8,7 +8,16 @@ import statistics
 import pytest
 from fabricated import snapshot, trial
 
-from headsearch.report.fronts import captions, front, front_csv, front_json, front_table, points
+from headsearch.report.fronts import (
+    best_point,
+    captions,
+    front,
+    front_csv,
+    front_json,
+    front_table,
+    points,
+)
+from headsearch.report.summary import ending, ending_json
 
 MLP = {"head.kind": "mlp", "head.width": 32, "head.projection_dim": 16}
 
@@ -49,9 +58,12 @@ def test_seeds_of_a_point_become_a_mean_and_a_sample_deviation() -> None:
         trial(1, dim=8, acc=0.90, seed=1),
         trial(2, dim=8, acc=0.94, seed=2),
         trial(3, dim=16, acc=0.91, seed=0),
+        trial(4, "failed", dim=16, acc=None, seed=1, reason="lost"),
+        trial(5, "failed", dim=16, acc=None, seed=2, reason="hung"),
         seeds=[0, 1, 2],
     )
     first, second = points(read)
+    assert (first.n_text, second.n_text) == ("3", "1 of 3")
     assert (first.n, first.seeds, second.n) == (3, (0, 1, 2), 1)
     assert first.probe_accuracy.mean == pytest.approx((0.80 + 0.90 + 0.94) / 3)
     assert first.probe_accuracy.std == pytest.approx(statistics.stdev([0.80, 0.90, 0.94]))
@@ -148,7 +160,7 @@ def test_the_table_shows_what_varies_and_the_projection_dim_once() -> None:
 
 
 def test_captions_name_protocol_splits_seeds_and_counts() -> None:
-    read = snapshot(trial(0), trial(1, "pruned"), seeds=[0, 1])
+    read = snapshot(trial(0), trial(1, "pruned", seed=1), seeds=[0, 1])
     said = " ".join(captions(read))
     for words in (
         "protocol holdout",
@@ -157,8 +169,51 @@ def test_captions_name_protocol_splits_seeds_and_counts() -> None:
         "complete seeds of 2",
         "2 of 12 trials: 1 complete, 1 pruned",
         "13 of 144 epochs trained (9%)",
-        "some points lack seeds",
+        "some points lack seeds, and rest on those that are left: n = 1 of 2 at dim 8",
     ):
         assert words in said
     whole = snapshot(trial(0), trial(1, seed=1), seeds=[0, 1])
     assert "lack seeds" not in " ".join(captions(whole))
+
+
+def test_a_point_is_ranked_when_all_its_seeds_have_ended() -> None:
+    seeds = {"seeds": [0, 1]}
+    begun = [trial(0, dim=4, acc=0.9), trial(1, "running", dim=4, acc=0.9, seed=1)]
+    whole = [trial(2, dim=8, acc=0.8), trial(3, dim=8, acc=0.8, seed=1)]
+    read = snapshot(*begun, *whole, **seeds)
+    assert numbers(front(read)) == [(2, 3)]
+    assert [point.n_text for point in points(read, under_way=True)] == ["1 of 2", "2"]
+    assert "1 points are not ranked yet" in " ".join(captions(read))
+    assert numbers(front(snapshot(begun[0], *whole, state="cancelled", **seeds))) == [(0,)]
+    assert front_table(snapshot(begun[0], *whole, state="cancelled", **seeds)).rows[0][3] == "1 of 2"
+
+
+def test_a_point_whose_configuration_failed_for_one_seed_is_on_no_front() -> None:
+    read = snapshot(
+        trial(0, dim=4, acc=0.9), trial(1, "failed", dim=4, acc=None, seed=1, reason="collapsed"),
+        trial(2, dim=8, acc=0.8), trial(3, "failed", dim=8, acc=None, seed=1, reason="lost"),
+        trial(4, dim=16, acc=0.7), trial(5, dim=16, acc=0.7, seed=1),
+        seeds=[0, 1],
+    )  # fmt: skip
+    assert numbers(front(read)) == [(2,)]
+    assert [point.infeasible for point in points(read)] == [True, False, False]
+    assert "1 points are left out: a seed of each failed by its configuration" in " ".join(captions(read))
+    best = best_point(read)
+    assert best is not None
+    assert best.numbers == (4, 5), "with all its seeds, not the luckiest"
+
+
+def test_the_best_is_the_best_mean_and_the_last_lines_say_of_how_many() -> None:
+    read = snapshot(
+        trial(0, dim=4, acc=0.95), trial(1, dim=4, acc=0.55, seed=1),
+        trial(2, dim=8, acc=0.80), trial(3, dim=8, acc=0.82, seed=1), seeds=[0, 1],
+    )  # fmt: skip
+    lines = ending(read, "study.toml")
+    assert any(
+        line.startswith("best: trials 2, 3, accuracy 0.8100 ± 0.0141 (validation, n = 2 seeds)")
+        for line in lines
+    )
+    data = json.loads(json.dumps(ending_json(read, "study.toml")))
+    assert [one["number"] for one in data["best"]["trials"]] == [2, 3]
+    assert data["best"]["n"] == 2
+    assert "--seed 0" in data["train_best_again"]

@@ -66,11 +66,13 @@ def spec_of(trials: int, name: str, **changes: Any) -> StudySpec:
 
 def again(spec: StudySpec, seen: Snapshot, name: str) -> StudySpec:
     """The same points, trained whole."""
+    points = {point_key(trial.params): trial.params for trial in seen.trials}
     return spec_of(
         1,
         name,
         mode="points",
-        points=[trial.params for trial in seen.trials],
+        points=list(points.values()),
+        seeds=spec.seeds,
         space={},
         budget={"epochs": spec.budget.epochs},
         lease={"seconds": 60.0},
@@ -198,14 +200,14 @@ def curves(seen: Session, name: str) -> dict[tuple[Any, ...], tuple[Any, ...]]:
     with seen.database.begin() as connection:
         rows = connection.execute(
             text(
-                "SELECT t.point_key, r.epoch, r.loss, r.probe_accuracy, r.feature_rank, r.projection_rank, "
+                "SELECT t.point_key, t.seed, r.epoch, r.loss, r.probe_accuracy, r.feature_rank, r.projection_rank, "
                 "CAST(r.measures AS text) FROM headsearch.reports r "
                 "JOIN headsearch.trials t USING (study_id, number) "
                 "JOIN headsearch.studies s USING (study_id) WHERE s.name = :name"
             ),
             {"name": name},
         ).all()
-    found = {tuple(row[:2]): tuple(row[2:]) for row in rows}
+    found = {tuple(row[:3]): tuple(row[3:]) for row in rows}
     assert len(found) == len(rows), "a report is there twice"
     return found
 
@@ -223,10 +225,10 @@ def compare(session: Session, under_fire: str, undisturbed: str) -> dict[str, in
     burnt, straight = curves(session, under_fire), curves(session, undisturbed)
     different = [key for key, value in burnt.items() if straight[key] != value]
     assert not different, f"{len(different)} reports differ, such as {different[0]}"
-    whole = {point_key(t.params): t for t in snapshot.read(session.database, undisturbed).trials}
+    whole = {(point_key(t.params), t.seed): t for t in snapshot.read(session.database, undisturbed).trials}
     complete = snapshot.read(session.database, under_fire).complete
     for trial in complete:
-        other = whole[point_key(trial.params)]
+        other = whole[point_key(trial.params), trial.seed]
         assert (trial.values, trial.test_accuracy) == (other.values, other.test_accuracy), trial.number
     return {"reports": len(burnt), "complete": len(complete)}
 

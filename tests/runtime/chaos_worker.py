@@ -15,7 +15,7 @@ from typing import Any
 
 from headsearch.core.checkpoint import CheckpointFolder
 from headsearch.runtime import worker as worker_module
-from headsearch.search import claims, leases, outcomes
+from headsearch.search import claims, history, leases, outcomes
 from headsearch.search.claims import Claim, Idle
 
 POINTS = (
@@ -31,7 +31,7 @@ POINTS = (
     "promoting",
     "last report stored, outcome not",
     "outcome stored, not told",
-    "told, row not ended",
+    "told, not committed",
 )
 
 
@@ -111,9 +111,7 @@ def obedient(orders: Orders) -> Iterator[None]:
     before(outcomes, "finish", "last report stored, outcome not")
     before(outcomes, "tell_decided", "outcome stored, not told")
 
-    import optuna
-
-    after(optuna.storages._CachedStorage, "set_trial_state_values", "told, row not ended")
+    after(history, "end", "told, not committed")
 
     saving = False
     save, fsync = CheckpointFolder.save, os.fsync

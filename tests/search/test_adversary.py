@@ -259,7 +259,7 @@ def test_a_branch_that_is_used_up_does_not_make_claims_slow(database, make_study
     study = make_study(budget={"trials": 34, "epochs": 4, "rungs": [1, 2]})
     real, reads = claims.propose, []
 
-    def propose(optuna_study, trial, space, sampler, is_known):
+    def propose(optuna_study, trial, space, sampler, *rest):
         backend = optuna_study._storage._backend
         get_trials, count = backend._get_trials, [0]
 
@@ -269,7 +269,7 @@ def test_a_branch_that_is_used_up_does_not_make_claims_slow(database, make_study
 
         with monkeypatch.context() as patched:
             patched.setattr(backend, "_get_trials", counted)
-            params = real(optuna_study, trial, space, sampler, is_known)
+            params = real(optuna_study, trial, space, sampler, *rest)
         reads.append(count[0])
         return params
 

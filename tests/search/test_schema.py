@@ -8,11 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import optuna
 import pytest
+from optuna.distributions import CategoricalDistribution
 from sqlalchemy import text
 from toy import make_spec, work_off
 
 from headsearch.errors import DatabaseError
 from headsearch.search import leases, schema, snapshot, studies
+from headsearch.search.audit import audit
 from headsearch.search.claims import Claim, claim, point_key
 from headsearch.search.database import LOCK_SCHEMA, Database
 from headsearch.search.leases import Report
@@ -78,11 +80,104 @@ def test_a_database_of_version_1_is_brought_forward_and_worked_off(
     assert seen.trials[0].losses == 1
 
 
+# Runs of two seeds as version 3 left them, each with a trial of Optuna's: (point, seed, state, value, epoch).
+BEFORE = [
+    (2, 0, "complete", 0.50, 9), (2, 1, "complete", 0.60, 9),
+    (4, 0, "pruned", None, 1), (4, 1, "complete", 0.70, 9),
+    (8, 0, "paused", None, 3), (8, 1, "complete", 0.80, 9),
+    (16, 0, "failed", None, 0), (16, 1, "complete", 0.65, 9),
+    (32, 0, "paused", None, 1), (32, 1, "paused", None, 1),
+    (64, 0, "paused", None, 1),
+]  # fmt: skip
+
+
+def test_a_study_whose_seeds_were_judged_one_by_one_is_brought_forward_and_finished(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made by the SQL of version 3: points that are whole, half pruned, half complete, and not all begun."""
+    database = Database(database_url)
+    spec = make_spec(
+        seeds=[0, 1], space={"head.projection_dim": [2, 4, 8, 16, 32, 64]}, base={"head.kind": "linear"}
+    )
+    with monkeypatch.context() as earlier:
+        earlier.setattr(schema, "MIGRATIONS", schema.MIGRATIONS[:3])
+        schema.migrate(database)
+    theirs = optuna.create_study(study_name=spec.name, storage=database.url, directions=list(spec.directions))
+    states = {"complete": "COMPLETE", "pruned": "PRUNED", "failed": "FAIL"}
+    with database.begin() as connection:
+        study_id = connection.scalar(text("SELECT study_id FROM public.studies"))
+        names = {"study": study_id, "spec": json.dumps(spec.to_json()), "hash": spec.hash}
+        connection.execute(
+            text(
+                "INSERT INTO headsearch.studies (study_id, name, spec, spec_hash, protocol, version) "
+                "VALUES (:study, 'toy', :spec, :hash, 'holdout', '0.1.0')"
+            ),
+            names,
+        )
+    for number, (dim, seed, state, value, epoch) in enumerate(BEFORE):
+        theirs.enqueue_trial({"head.projection_dim": dim})
+        trial = theirs.ask({"head.projection_dim": CategoricalDistribution((2, 4, 8, 16, 32, 64))})
+        params = {"head.projection_dim": dim}
+        if state in states:
+            theirs.tell(number, [value, dim] if value else None, state=optuna.trial.TrialState[states[state]])
+        outcome = {"state": state, "values": value and [value, dim], "reason": "lost", "message": "m",
+                   "facts": {"probe_accuracy": value, "test_accuracy": value}}  # fmt: skip
+        with database.begin() as connection:
+            for statement in (
+                """INSERT INTO headsearch.trials (study_id, number, trial_id, point_key, seed, params, state, epoch,
+                rung, projection_dim, head_parameters, outcome, finished_at)
+                VALUES (:study, :number, :trial, :point, :seed, :params, :state, :epoch,
+                (:epoch > 1)::int + (:epoch > 3)::int, :dim, 1, CAST(:outcome AS jsonb),
+                CASE WHEN :ended THEN clock_timestamp() END)""",
+                """INSERT INTO headsearch.reports (study_id, number, epoch, loss, probe_accuracy, feature_rank,
+                projection_rank, views_per_second, train_seconds, attempt, reported_at)
+                SELECT :study, :number, e, 1, 0.4, 1, 1, 1, 1, 1, clock_timestamp() - interval '1 h'
+                FROM generate_series(1, :epoch) AS e""",
+            ):
+                connection.execute(
+                    text(statement),
+                    names
+                    | {"number": number, "trial": trial._trial_id, "seed": seed, "state": state, "dim": dim}
+                    | {"epoch": epoch, "ended": state in states, "params": json.dumps(params)}
+                    | {"point": point_key(params)}
+                    | {"outcome": json.dumps(outcome) if state in states else None},
+                )
+    schema.migrate(database)
+    study = studies.get(database, "toy")
+    assert study.seeds_apart
+    findings = audit(database, study).findings
+    assert [one.message for one in findings if one.violated] == []
+    told = {trial.params["head.projection_dim"]: trial for trial in kept(database)}
+    assert {dim: trial.state.name for dim, trial in told.items()} == {
+        2: "COMPLETE", 4: "PRUNED", 8: "RUNNING", 16: "FAIL", 32: "RUNNING", 64: "RUNNING",
+    }  # fmt: skip
+    assert told[2].values == [pytest.approx(0.55), 2.0]
+    work_off(database, study)
+    study = studies.get(database, "toy")
+    assert study.state == "complete"
+    assert [one.message for one in audit(database, study).findings if one.violated] == []
+    ended: dict[int, list[str]] = {}
+    for trial in snapshot.read(database, "toy").trials:
+        ended.setdefault(trial.params["head.projection_dim"], []).append(trial.state)
+    assert ended[8] == ["complete", "complete"], "its point had passed the rung at which one seed waited"
+    assert {len(states) for states in ended.values()} == {2}
+    assert all(len(set(ended[dim])) == 1 for dim in (2, 8, 32, 64))
+    assert {trial.state.name for trial in kept(database)} <= {"COMPLETE", "PRUNED", "FAIL"}
+
+
+def kept(database: Database) -> list[optuna.trial.FrozenTrial]:
+    """Optuna's trials that rows of ours name."""
+    with database.begin() as connection:
+        ids = set(connection.scalars(text("SELECT trial_id FROM headsearch.trials")))
+    stored = optuna.load_study(study_name="toy", storage=database.url).get_trials(deepcopy=False)
+    return [trial for trial in stored if trial._trial_id in ids]
+
+
 def test_a_newer_database_is_left_alone(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     database = Database(database_url)
     schema.migrate(database)
     monkeypatch.setattr(schema, "MIGRATIONS", schema.MIGRATIONS[:1])
-    with pytest.raises(DatabaseError, match=r"schema version 3, headsearch .* knows 1; upgrade headsearch"):
+    with pytest.raises(DatabaseError, match=r"schema version 4, headsearch .* knows 1; upgrade headsearch"):
         schema.migrate(database)
 
 
