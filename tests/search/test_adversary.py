@@ -315,7 +315,7 @@ def worker(database, make_study, tmp_path, monkeypatch):
     ):
         session = Session(tmp_path, DatabaseAddress(database.url, database.url, embedded=False), database)
         monkeypatch.setattr(module, "pretrain", pretrain or toy_pretrain)
-        monkeypatch.setattr(module._Worker, "_load", load)
+        monkeypatch.setattr(module.StudyImages, "load", load)
         monkeypatch.setattr(
             module, "evaluate", lambda *_, **__: SimpleNamespace(probe_accuracy=0.5, test_accuracy=0.5)
         )
