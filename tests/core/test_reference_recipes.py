@@ -23,7 +23,7 @@ from headsearch.core.images import ImageSet, Split
 from headsearch.core.learner import Learner, build_learner
 from headsearch.recipes import RECIPES
 
-COUNT, STEPS_PER_EPOCH, IMAGES, SIDE, CLASSES = 20, 10, 12, 8, 4
+COUNT, STEPS_PER_EPOCH, IMAGES, SIDE, CLASSES = 20, 10, 6, 8, 4
 SMALL = 16
 """Batch of the recipes with SGD here, which sets their rates: at their own, so few images throw the network
 about, and rounding grows to what is compared."""
