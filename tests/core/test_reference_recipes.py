@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision.models
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models.resnet import BasicBlock, ResNet
 
 from headsearch.config import TrialConfig
 from headsearch.core.epoch import STEPS, Batch
@@ -23,8 +25,10 @@ from headsearch.core.images import ImageSet, Split
 from headsearch.core.learner import Learner, build_learner
 from headsearch.recipes import RECIPES
 
-COUNT, STEPS_PER_EPOCH, IMAGES, SIDE, CLASSES = 20, 10, 6, 8, 4
-SMALL = 16
+COUNT, CLASSES = 20, 4
+LARS_STEPS, SGD_STEPS = 100, 10
+"""Steps of an epoch: LARS is in its warm-up all along, SGD's cosine has its second rate."""
+SMALL = 4
 """Batch of the recipes with SGD here, which sets their rates: at their own, so few images throw the network
 about, and rounding grows to what is compared."""
 Weights = dict[str, Tensor]
@@ -143,7 +147,7 @@ def solo_lars(source: Source, name: str, w: Tensor, g: Tensor, number: int) -> N
     peak = source.classifier if name.startswith("online/") else source.peak
     assert peak is not None
     assert source.velocity is not None
-    lr = 3e-5 + number * (peak - 3e-5) / (10 * STEPS_PER_EPOCH - 1)
+    lr = 3e-5 + number * (peak - 3e-5) / (10 * LARS_STEPS - 1)
     decay = 0.0 if name.startswith("online/") else source.decay
     if w.ndim != 1 and w.norm() != 0 and g.norm() != 0:
         rate = 0.02 * w.norm() / (g.norm() + decay * w.norm() + 1e-8)
@@ -156,7 +160,7 @@ def solo_lars(source: Source, name: str, w: Tensor, g: Tensor, number: int) -> N
 def google_lars(source: Source, name: str, w: Tensor, g: Tensor, number: int) -> None:
     """google-research: warm-up over 10 epochs from 0, rate in the velocity, eta .001, norms and biases plain."""
     assert source.velocity is not None
-    lr, trust = source.peak * number / (10 * STEPS_PER_EPOCH), 1.0
+    lr, trust = source.peak * number / (10 * LARS_STEPS), 1.0
     if w.ndim > 1:
         g = g + source.decay * w
         if w.norm() > 0 and g.norm() > 0:
@@ -171,7 +175,7 @@ def epoch_sgd(floor: float) -> Rule:
 
     def rule(source: Source, name: str, w: Tensor, g: Tensor, number: int) -> None:
         assert source.velocity is not None
-        share = (number // STEPS_PER_EPOCH) / source.epochs
+        share = (number // SGD_STEPS) / source.epochs
         lr = source.peak * (floor + (1 - floor) * (1 + math.cos(math.pi * share)) / 2)
         g = g + source.decay * w
         v = 0.9 * source.velocity[name] + g if name in source.velocity else g
@@ -181,11 +185,23 @@ def epoch_sgd(floor: float) -> Rule:
     return rule
 
 
-EIGHTEEN, THIRTY_FOUR = (2, 2, 2, 2), (3, 4, 6, 3)
+BLOCKS = (1, 1, 1, 1)
+"""In each stage: the recipes' own depth, 18 or 34 layers, changes nothing about a step but its time."""
 
 
-def network(padding: int | None, blocks: tuple[int, ...] = EIGHTEEN, *, first: bool = False) -> Any:
-    return lambda x, w: resnet(x, w, padding=padding, blocks=blocks, first=first)
+@pytest.fixture(autouse=True)
+def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(weights: None, progress: bool) -> nn.Module:
+        assert weights is None
+        assert not progress
+        return ResNet(BasicBlock, list(BLOCKS))
+
+    for name in ("resnet18", "resnet34"):
+        monkeypatch.setattr(torchvision.models, name, build)
+
+
+def network(padding: int | None, *, first: bool = False) -> Any:
+    return lambda x, w: resnet(x, w, padding=padding, blocks=BLOCKS, first=first)
 
 
 def head(*layers: str) -> Any:
@@ -206,7 +222,7 @@ def solo(peak: float, classifier: float, *, epochs: int, padding: int | None, lo
 
 SOURCES: dict[str, Callable[[], Source]] = {
     "schliebitz2024": lambda: Source(
-        network(None, THIRTY_FOUR), TWO_LAYERS, lambda a, b: nt_xent(a, b, 0.5, 1.0), epoch_sgd(1 / 50),
+        network(None), TWO_LAYERS, lambda a, b: nt_xent(a, b, 0.5, 1.0), epoch_sgd(1 / 50),
         0.3 * SMALL / 256, 150, 1e-5,
     ),
     "ouyang2025-simclr-cifar": lambda: solo(0.4, 0.1, epochs=200, padding=2, loss="nt-xent"),
@@ -229,27 +245,34 @@ SOURCES: dict[str, Callable[[], Source]] = {
 }  # fmt: skip
 
 
-def views_of(step: int) -> tuple[Tensor, Tensor]:
-    """Two views of images with a coarse pattern each, and labels."""
+def views_of(step: int, name: str) -> tuple[Tensor, Tensor]:
+    """Two views of images with a coarse pattern each, and labels; larger for a stem that shrinks them."""
+    side = 32 if RECIPES[name].tree["encoder"]["stem"] == "imagenet" else 8
+    count = 6
     draw = torch.Generator().manual_seed(step)
-    coarse = torch.rand(IMAGES, 3, 4, 4, generator=draw).repeat(2, 1, 1, 1)
-    smooth = F.interpolate(coarse, size=SIDE, mode="bilinear")
-    noise = torch.randn(2 * IMAGES, 3, SIDE, SIDE, generator=draw)
-    return smooth * 2 - 1 + 0.2 * noise, torch.randint(CLASSES, (IMAGES,), generator=draw)
+    coarse = torch.rand(count, 3, 4, 4, generator=draw).repeat(2, 1, 1, 1)
+    smooth = F.interpolate(coarse, size=side, mode="bilinear")
+    noise = torch.randn(2 * count, 3, side, side, generator=draw)
+    return smooth * 2 - 1 + 0.2 * noise, torch.randint(CLASSES, (count,), generator=draw)
 
 
 def image_set() -> ImageSet:
-    empty = Split(torch.zeros(CLASSES, 3, SIDE, SIDE, dtype=torch.uint8), torch.arange(CLASSES))
+    empty = Split(torch.zeros(CLASSES, 3, 8, 8, dtype=torch.uint8), torch.arange(CLASSES))
     return ImageSet("cifar10", tuple("abcd"), empty, empty, empty, "none")
 
 
 def trained(learner: Learner, steps: int) -> Learner:
     learner.encoder.train()
     learner.head.train()
+    name = str(learner.config.recipe)
+    an_epoch = LARS_STEPS if learner.config.optimizer.name == "lars" else SGD_STEPS
     for step in range(steps):
-        pair, labels = views_of(step)
-        batch = Batch(learner, "fp32", pair.double(), labels, step, STEPS_PER_EPOCH)
-        STEPS[learner.config.scheme.kind](batch)
+        pair, labels = views_of(step, name)
+        batch = Batch(learner, "fp32", pair.double(), labels, step, an_epoch)
+        # Losses too are of float64: 20 steps on few images amplify the rounding of float32.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Tensor, "float", Tensor.double)
+            STEPS[learner.config.scheme.kind](batch)
     return learner
 
 
@@ -284,8 +307,9 @@ def learner_of(name: str, tmp_path: Any, **changes: Any) -> Learner:
         }
     )
     learner = build_learner(config, image_set(), torch.device("cpu"), tmp_path)
-    for network in (learner.encoder, learner.head):
-        network.double()  # 20 steps of LARS on few images amplify float32's rounding
+    for network in (learner.encoder, learner.head, learner.online):
+        if network is not None:
+            network.double()
     return learner
 
 
@@ -302,15 +326,15 @@ def test_twenty_steps(name: str, tmp_path: Any) -> None:
     theirs = {part: {key: value.clone() for key, value in group.items()} for part, group in start.items()}
     source = SOURCES[name]()
     for step in range(COUNT):
-        pair, labels = views_of(step)
+        pair, labels = views_of(step, name)
         source.step(theirs, pair.double(), labels, step)
     ours = dict(parts(trained(learner, COUNT)))
     for part in ours:
         got, want, before = flat(ours[part]), flat(theirs[part]), flat(start[part])
         moved = float((want - before).norm())
-        assert moved > 1e-4 * float(before.norm()), part
-        assert float((got - want).norm()) < 1e-3 * float(want.norm()), part
+        assert moved > 1e-5 * float(before.norm()), part
         # the classifier's warm-up starts at 3e-5 there, at its share of it here
+        assert float((got - want).norm()) < (5e-3 if part == "online" else 1e-3) * float(want.norm()), part
         assert float((got - want).norm()) < (0.1 if part == "online" else 0.01) * moved, part
 
 
@@ -323,7 +347,7 @@ def test_a_rule_that_is_a_little_wrong_is_found(tmp_path: Any) -> None:
     theirs = dict(parts(learner_of(name, tmp_path)))
     start, source = dict(parts(learner)), SOURCES[name]()
     for step in range(COUNT):
-        pair, labels = views_of(step)
+        pair, labels = views_of(step, name)
         source.step(theirs, pair.double(), labels, step)
     ours = dict(parts(trained(learner, COUNT)))
     moved = float((flat(theirs["encoder"]) - flat(start["encoder"])).norm())
