@@ -101,6 +101,7 @@ def test_the_options_are_these() -> None:
         "bench": [
             "--batch",
             "--compile",
+            "--cuda-graph",
             "--device",
             "--encoder",
             "--image-size",
@@ -113,6 +114,7 @@ def test_the_options_are_these() -> None:
             "--set",
             "--threads",
             "--together",
+            "--trial",
         ],
         "run": ["--device", "--json", "--no-check", "--set", "--threads", "--workers"],
         "launch": [

@@ -426,7 +426,7 @@ def test_an_epoch_is_trained_while_the_checkpoint_of_the_one_before_is_written(t
 
 
 def test_a_slow_disk_does_not_add_its_time_to_the_trainings(tmp_path: Path) -> None:
-    step, write = 0.3, 0.55
+    step, write = 0.5, 0.95
     store = Slow(tmp_path / "one", write)
     began = time.monotonic()
     finish(trained(store, tmp_path, lambda _: time.sleep(step)))

@@ -6,6 +6,7 @@ The worker's own loop and real trainings on a real PostgreSQL, in this process.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,25 +40,39 @@ ONE = {
         "probe": {"report_images": 32, "report_iterations": 2, "iterations": 5, "penalties": [1e-2]},
     },
 }
+LONG = 60.0
 SLOW_SECONDS = 0.3
-"""Longer than an epoch."""
+
+
+def writing() -> bool:
+    """Whether a write is under way: from the end of the worker's `save` on."""
+    return any(thread.name == "checkpoint" for thread in threading.enumerate())
 
 
 class Disk:
     """A slow disk, and what happened beside its writes."""
 
     def __init__(self) -> None:
-        self.writing = threading.Event()
+        self.held: dict[int, threading.Event] = {}
         self.fails_at: int | None = None
         self.written: list[tuple[int, int]] = []
         """Generation and epoch."""
         self.told: list[str] = []
         self.told_too_early: list[str] = []
-        self.steps_meanwhile = 0
+
+    def hold(self, epoch: int) -> None:
+        """Let writes of this epoch last until `release`."""
+        self.held[epoch] = threading.Event()
+
+    def release(self) -> None:
+        """Let writes that were held end after a while, in which nobody may be told of the trial."""
+        assert writing()
+        for event in self.held.values():
+            threading.Timer(SLOW_SECONDS, event.set).start()
 
     def tell(self, what: str) -> None:
         self.told.append(what)
-        if self.writing.is_set():
+        if writing():
             self.told_too_early.append(what)
 
 
@@ -67,16 +82,15 @@ class SlowFolder(CheckpointFolder):
         self.disk = disk
 
     def save(self, state: Any) -> None:
-        disk = self.disk
-        disk.writing.set()
-        try:
-            threading.Event().wait(SLOW_SECONDS)
-            if state["epoch"] == disk.fails_at:
-                raise StorageError("checkpoint: cannot be written (No space left on device)")
-            super().save(state)
-            disk.written.append((self.generation, state["epoch"]))
-        finally:
-            disk.writing.clear()
+        disk, epoch = self.disk, state["epoch"]
+        if epoch in disk.held:
+            assert disk.held[epoch].wait(LONG)
+        else:
+            time.sleep(SLOW_SECONDS)
+        if epoch == disk.fails_at:
+            raise StorageError("checkpoint: cannot be written (No space left on device)")
+        super().save(state)
+        disk.written.append((self.generation, epoch))
 
     def remove(self) -> None:
         self.disk.tell("remove")
@@ -110,12 +124,11 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
 
 
 @pytest.fixture
-def at_step(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, int], Callable[[], None]]:
+def at_step(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, int], Callable[[], None]]:
     """Calls by epoch, from 1, and step, from 0; each is made once, before the step."""
     steps, calls = epoch_module.STEPS["joint"], {}
 
     def joint(batch: Any) -> Any:
-        disk.steps_meanwhile += disk.writing.is_set()
         epoch, step = divmod(batch.number, batch.steps)
         calls.pop((epoch + 1, step), lambda: None)()
         return steps(batch)
@@ -133,7 +146,7 @@ def work(session: Any, *, drain: Drain | None = None, say: Callable[[str], None]
     )
     with keeper.running():
         loop.work(None)
-    assert not [thread for thread in threading.enumerate() if thread.name == "checkpoint"]
+    assert not writing()
 
 
 def folder_of(session: Any, generation: int = 0) -> CheckpointFolder:
@@ -169,8 +182,10 @@ def at_report_of(epoch: int, call: Callable[[], None]) -> Callable[[str], None]:
 
 def test_the_next_epoch_is_trained_meanwhile_and_the_end_waits(world, disk, at_step):
     make(world, **ONE)
+    disk.hold(1)
+    at_step[(2, 1)] = disk.release
     work(world)
-    assert disk.steps_meanwhile >= 3
+    assert at_step == {}, "two steps of epoch 2 were made before the checkpoint of epoch 1 was there"
     assert disk.written == [(1, epoch) for epoch in (1, 2, 3, 4)]
     assert disk.told == ["finish", "remove"]
     assert disk.told_too_early == []
@@ -206,7 +221,7 @@ def test_a_training_stopped_inside_an_epoch_is_given_back_after_the_write(world,
     spec = {**ONE, "worker": {"drain_seconds": 0.0}}
     make(world, **spec)
     drain = Drain()
-    at_step[(3, 0)] = drain.set
+    at_step[(3, 0)] = drain.set  # the write that must be waited for is that of the step
     work(world, drain=drain)
     assert disk.told == ["give_back"]
     state = folder_of(world).peek()
@@ -214,12 +229,14 @@ def test_a_training_stopped_inside_an_epoch_is_given_back_after_the_write(world,
     as_if_undisturbed(world, disk, spec)
 
 
-def lose_memory() -> None:
-    raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
-
-
 def test_a_failure_that_may_be_tried_again_is_told_after_the_write(world, disk, at_step):
     make(world, **ONE)
+    disk.hold(2)
+
+    def lose_memory() -> None:
+        disk.release()
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
+
     at_step[(3, 0)] = lose_memory
     as_if_undisturbed(world, disk)
     assert disk.told[:3] == ["set_back", "finish", "remove"]
@@ -228,9 +245,10 @@ def test_a_failure_that_may_be_tried_again_is_told_after_the_write(world, disk, 
 
 def test_a_failed_trial_leaves_no_files_though_a_write_was_under_way(world, disk, at_step):
     make(world, **ONE)
+    disk.hold(2)
 
     def diverge() -> None:
-        assert disk.writing.is_set()
+        disk.release()
         raise TrialFailure("non_finite_loss", "epoch 3: the loss is nan")
 
     at_step[(3, 0)] = diverge
@@ -243,9 +261,10 @@ def test_a_failed_trial_leaves_no_files_though_a_write_was_under_way(world, disk
 
 def test_a_worker_interrupted_between_epochs_gives_the_trial_back_after_the_write(world, disk, at_step):
     make(world, **ONE)
+    disk.hold(2)
 
     def interrupt() -> None:
-        assert disk.writing.is_set()
+        disk.release()
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -279,9 +298,10 @@ def test_a_write_that_fails_at_a_rung_is_no_pause(world, disk, at_step):
 def test_a_late_write_does_not_come_before_the_adopters(world, disk, at_step):
     make(world, **ONE)
     drain = Drain()
+    disk.hold(2)
 
     def adopt() -> None:
-        assert disk.writing.is_set()
+        disk.release()
         with world.database.begin() as connection:
             connection.execute(text("UPDATE headsearch.trials SET attempt = 9, worker_id = 'another'"))
         folder_of(world, 9).save({"epoch": 77})
@@ -300,9 +320,10 @@ def test_a_late_write_does_not_come_before_the_adopters(world, disk, at_step):
 
 def test_a_cancelled_trial_leaves_no_files_though_a_write_was_under_way(world, disk, at_step):
     make(world, **{**ONE, "lease": {"seconds": 1.0}, "budget": {"epochs": 200}})
+    disk.hold(2)
 
     def cancel() -> None:
-        assert disk.writing.is_set()
+        disk.release()
         assert steering.cancel(world.database, "tiny", [0]) == [0]
 
     at_step[(3, 0)] = cancel
