@@ -24,7 +24,7 @@ class WorkerSpec(Config):
     """A checkpoint after every so many epochs; one more whenever a trial pauses, ends or is given back."""
     checkpoint_minutes: float = Field(default=10.0, gt=0.0, le=100_000.0)
     """A checkpoint inside an epoch once the last one is this old. A kill repeats no more than the shorter
-    of the two intervals."""
+    of the two intervals, and what was trained while the last checkpoint was being written."""
     checkpoint_store: str | None = Field(default=None, pattern=r"^(s3://[^/]|file:///.).*")
     """Where checkpoints are kept when workers share no disk: ``s3://bucket/prefix`` of any S3-compatible
     server, or ``file:///folder``. None: in each machine's home folder."""

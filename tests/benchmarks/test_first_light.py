@@ -37,6 +37,7 @@ def run(out: Path, *words: str, timeout: float = 560) -> subprocess.CompletedPro
 
 @pytest.mark.postgres
 @pytest.mark.slow
+@pytest.mark.hostile
 @pytest.mark.timeout(600)
 def test_a_smoke_run_leaves_the_row_of_every_step(tmp_path, monkeypatch):
     mark = f"smoke-{uuid.uuid4()}"
@@ -232,6 +233,7 @@ def test_time_that_is_used_up_leaves_steps_out(tmp_path):
     ]
 
 
+@pytest.mark.hostile
 def test_a_training_that_was_cut_goes_on_from_its_checkpoint(tmp_path):
     images = draw_images(tmp_path / "images")
     words = ("--smoke", "--out", str(tmp_path), "--data", str(images), "--only", "7", "--epochs")

@@ -157,7 +157,7 @@ def test_a_whole_trial_is_timed_from_its_second_epoch_to_its_last_checkpoint(tmp
     assert found.share == found.bare_seconds / found.seconds < 1
 
 
-@pytest.mark.hostile  # not that it is, but it takes minutes
+@pytest.mark.hostile
 def test_reports_and_checkpoints_take_at_most_a_twentieth_of_the_encoders_time(tmp_path):
     """As many images as CIFAR-10 leaves for training; everything measured in one run."""
     config = TrialConfig.model_validate({"encoder": {"name": "small-resnet"}})

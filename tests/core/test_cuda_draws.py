@@ -208,6 +208,7 @@ class TestThreads:
         assert (blocks, dynamic) == ((4, 0) if shared < host.SHARED_PER_BLOCK else (20, 4 * 4 * 24 * 24))
 
     @pytest.mark.slow
+    @pytest.mark.hostile
     @pytest.mark.parametrize("number", range(9))
     def test_a_missing_barrier_shows(self, tmp_path: Path, number: int) -> None:
         parts = cuda_views.source().split("__syncthreads();")
@@ -216,9 +217,9 @@ class TestThreads:
         broken = "__syncthreads();".join(parts)
         program = host.build(tmp_path, "-fsanitize=thread", "-g", "-DPROGRAM", source=broken)
         done = subprocess.run([program], capture_output=True, text=True, check=False, timeout=100)
-        # A race, or threads that read different parameters and so wait at different barriers.
+        # A race that the sanitizer sees, threads that wait at different barriers, or wrong views.
         assert done.returncode != 0
-        assert "ThreadSanitizer" in done.stderr or "never came" in done.stderr
+        assert "ThreadSanitizer" in done.stderr or "never came" in done.stderr or "make other" in done.stdout
 
     @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
     def test_sanitizers_find_nothing(self, tmp_path: Path, sanitizer: str) -> None:

@@ -318,6 +318,7 @@ def test_every_recipe_has_a_source() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.hostile
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", RECIPES)
 def test_twenty_steps(name: str, tmp_path: Any) -> None:
@@ -339,6 +340,7 @@ def test_twenty_steps(name: str, tmp_path: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.hostile
 @pytest.mark.timeout(1200)
 def test_a_rule_that_is_a_little_wrong_is_found(tmp_path: Any) -> None:
     """The former form of LARS, over the same 20 steps."""

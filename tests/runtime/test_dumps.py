@@ -144,6 +144,7 @@ def test_an_older_backup_is_brought_forward(make_database, tmp_path, monkeypatch
     assert len(current) > 1
     with monkeypatch.context() as older:
         older.setattr(schema, "MIGRATIONS", current[:1])
+        older.setattr(schema, "GRANTS", ())  # they name tables of later versions
         source = make_database()
         spec = make_spec(budget={"trials": 5, "epochs": 9, "rungs": [1, 3]})
         study_id = studies._create_in_optuna(source, spec)

@@ -34,6 +34,7 @@ def test_a_database_of_version_1_is_brought_forward_and_worked_off(
     database, spec = Database(database_url), make_spec()
     with monkeypatch.context() as earlier:
         earlier.setattr(schema, "MIGRATIONS", schema.MIGRATIONS[:1])
+        earlier.setattr(schema, "GRANTS", ())  # they name tables of later versions
         schema.migrate(database)
     assert versions(database) == [1]
     trial = optuna.create_study(
@@ -101,6 +102,7 @@ def test_a_study_whose_seeds_were_judged_one_by_one_is_brought_forward_and_finis
     )
     with monkeypatch.context() as earlier:
         earlier.setattr(schema, "MIGRATIONS", schema.MIGRATIONS[:3])
+        earlier.setattr(schema, "GRANTS", ())
         schema.migrate(database)
     theirs = optuna.create_study(study_name=spec.name, storage=database.url, directions=list(spec.directions))
     states = {"complete": "COMPLETE", "pruned": "PRUNED", "failed": "FAIL"}
@@ -176,8 +178,11 @@ def kept(database: Database) -> list[optuna.trial.FrozenTrial]:
 def test_a_newer_database_is_left_alone(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     database = Database(database_url)
     schema.migrate(database)
+    newest = len(schema.MIGRATIONS)
     monkeypatch.setattr(schema, "MIGRATIONS", schema.MIGRATIONS[:1])
-    with pytest.raises(DatabaseError, match=r"schema version 4, headsearch .* knows 1; upgrade headsearch"):
+    with pytest.raises(
+        DatabaseError, match=rf"schema version {newest}, headsearch .* knows 1; upgrade headsearch"
+    ):
         schema.migrate(database)
 
 
