@@ -96,6 +96,26 @@ def test_the_heads_stage_leaves_the_encoder_alone(tmp_path):
     assert all(p.grad is not None for p in stages.learner.head.parameters())
 
 
+def test_the_heads_stage_keeps_its_features_when_an_encoder_uses_its_memory_again(tmp_path):
+    """As one does that is compiled with CUDA graphs: each call overwrites what the last one returned."""
+    config, images = tiny_config(), tiny_images()
+    learner = build_learner(config, images, CPU, tmp_path)
+    last = []
+
+    def encode(views):
+        for features in last:
+            features.data.fill_(torch.nan)
+        last[:] = [learner.encoder(views)]
+        return last[0]
+
+    learner.encode = encode
+    stages = Stages(learner, images.train, build_views(config, images, CPU), "fp32")
+    stages.encoder(1)
+    stages.head(1)
+    assert stages.features.isfinite().all()
+    assert all(weight.grad.isfinite().all() for weight in learner.head.parameters())
+
+
 def test_a_saved_learner_can_be_loaded(tmp_path):
     stages = make_stages(tmp_path)
     folder = CheckpointFolder(tmp_path / "there")
