@@ -288,6 +288,7 @@ def test_a_row_that_comes_again_replaces_the_one_before():
 
 
 @pytest.mark.slow
+@pytest.mark.hostile
 def test_every_test_of_a_gpu_is_found():
     """By text, so that no other file is imported on a machine that lacks what it needs."""
     root = SCRIPT.parents[1]

@@ -605,6 +605,7 @@ def die(moment: str, number: int, path: Path, home: Path, threads: int) -> None:
     finish(trained(CheckpointFolder(path), home, at))
 
 
+@pytest.mark.hostile
 @pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_during_a_write_it_goes_on_as_if_it_had_not_been(

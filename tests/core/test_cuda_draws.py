@@ -221,6 +221,7 @@ class TestThreads:
         assert done.returncode != 0
         assert "ThreadSanitizer" in done.stderr or "never came" in done.stderr or "make other" in done.stdout
 
+    @pytest.mark.hostile
     @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
     def test_sanitizers_find_nothing(self, tmp_path: Path, sanitizer: str) -> None:
         flags = (f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-g", "-DPROGRAM")

@@ -19,7 +19,12 @@ from headsearch.core.device import pick_device
 from headsearch.core.memory import free_memory
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(
+    params=[
+        pytest.param("cpu", marks=pytest.mark.hostile),  # a minute in all
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ]
+)
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The device of a test, set up as trainings set it up."""
     chosen = pick_device(request.param)
