@@ -72,8 +72,8 @@ def test_of_most_fronts_99_percent_survive_at_two_thirds_of_the_epochs(noise, ke
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("eight_sizes", "keep_it"), [(True, 0.8), (False, 0.7)])
-def test_of_most_fronts_of_lcbench_99_percent_survive(eight_sizes, keep_it):
+@pytest.mark.parametrize(("eight_sizes", "keep_it", "epochs"), [(True, 0.8, 0.65), (False, 0.7, 0.55)])
+def test_of_most_fronts_of_lcbench_99_percent_survive(eight_sizes, keep_it, epochs):
     folder = os.environ.get("HEADSEARCH_TEST_LCBENCH")
     if not folder:
         pytest.skip("HEADSEARCH_TEST_LCBENCH names no folder with LCBench's surrogate")
@@ -83,7 +83,7 @@ def test_of_most_fronts_of_lcbench_99_percent_survive(eight_sizes, keep_it):
     found = replayed(lcbench(Path(folder), eight_sizes=eight_sizes))
     assert len(found) == 34
     assert sum(one.share >= 0.99 for one in found) / len(found) >= keep_it
-    assert statistics.fmean(one.epochs for one in found) <= 0.55
+    assert statistics.fmean(one.epochs for one in found) <= epochs
 
 
 def test_the_front_function_agrees_with_brute_force():
