@@ -56,7 +56,7 @@ def load_library(path: Path) -> ctypes.CDLL:
 
 
 @lru_cache(maxsize=1)
-def library() -> ctypes.CDLL:
+def loaded_library() -> ctypes.CDLL:
     """The driver that runs the kernel on the host."""
     with tempfile.TemporaryDirectory() as folder:
         return load_library(build(Path(folder), "-O2", "-fPIC", "-shared"))
@@ -158,7 +158,7 @@ def install(
     shared: int = SHARED_PER_BLOCK,
 ) -> Machine:
     """Let `Views` on the CPU use the kernel on the host, with so many threads a block and shared bytes."""
-    loaded = driver or library()
+    loaded = driver or loaded_library()
     loaded.host_set(threads, order, shared)
     monkeypatch.setattr(cuda_driver, "driver", lambda: loaded)
     monkeypatch.setattr(cuda_driver, "compile_source", lambda *_: b"machine code")

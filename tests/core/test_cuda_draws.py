@@ -62,7 +62,7 @@ class TestRandomNumbers:
         self, counter: list[int], key: list[int], expected: list[int]
     ) -> None:
         words = (ctypes.c_uint * 4)(*counter)
-        host.library().host_philox(words, *map(ctypes.c_uint, key))
+        host.loaded_library().host_philox(words, *map(ctypes.c_uint, key))
         assert list(words) == expected
         assert numpy_philox(np.array(counter), tuple(key)).tolist() == expected
 
@@ -204,7 +204,7 @@ class TestThreads:
         self, monkeypatch: pytest.MonkeyPatch, threads: int, order: int, shared: int
     ) -> None:
         assert_right_views(host.install(monkeypatch, threads=threads, order=order, shared=shared))
-        _, blocks, _, dynamic = host.launched(host.library())
+        _, blocks, _, dynamic = host.launched(host.loaded_library())
         assert (blocks, dynamic) == ((4, 0) if shared < host.SHARED_PER_BLOCK else (20, 4 * 4 * 24 * 24))
 
     @pytest.mark.slow

@@ -251,9 +251,9 @@ class TestLaunches:
         """Of 100 views with blur: a block each, and its pixels in shared memory."""
         machine = host.install(monkeypatch)
         machine.views(EVERYTHING, 64, normalization=PLAIN).pair(random_images(50, 64), stream(machine))
-        assert host.launched(host.library())[1:] == (100, 512, 4 * 4 * 64 * 64)
+        assert host.launched(host.loaded_library())[1:] == (100, 512, 4 * 4 * 64 * 64)
         machine.views(EVERYTHING, 160, normalization=PLAIN).pair(random_images(6, 160), stream(machine))
-        assert host.launched(host.library())[1:] == (4, 1024, 0)
+        assert host.launched(host.loaded_library())[1:] == (4, 1024, 0)
 
     def test_fake_tensors_need_no_driver(self, monkeypatch: pytest.MonkeyPatch) -> None:
         launches = []
@@ -304,7 +304,7 @@ class TestLaunches:
         monkeypatch.setattr(cuda_driver, "current_stream", handles.__getitem__)
         drawn(machine.views(ALL, 8, normalization=PLAIN), stream(machine), 4)
         assert entered == [torch.device("cpu", 0)]
-        assert host.library().host_stream() == 0x7F00_0000_1234
+        assert host.loaded_library().host_stream() == 0x7F00_0000_1234
 
     def test_what_the_driver_refuses_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
         machine = host.install(monkeypatch)
@@ -324,7 +324,7 @@ class TestSource:
         assert [
             (name, ctypes.c_void_p if kind.endswith("*") else types[kind]) for name, kind in declared
         ] == list(Arguments._fields_)
-        assert host.library().host_sizes(0) == ctypes.sizeof(Arguments)
+        assert host.loaded_library().host_sizes(0) == ctypes.sizeof(Arguments)
 
     def test_pointers_lead_to_what_the_source_takes_them_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
         machine = host.install(monkeypatch)
@@ -351,7 +351,7 @@ class TestSource:
         assert told.keys() | {"out"} == set(cuda_views.POINTERS)
 
     def test_columns_are_those_of_the_source(self) -> None:
-        assert host.library().host_sizes(1) == COLUMNS
+        assert host.loaded_library().host_sizes(1) == COLUMNS
 
     def test_a_table_has_each_views_parameters_in_its_row(self) -> None:
         draws = Views(EVERYTHING, 32, PLAIN).draw(96, generator(1))
