@@ -45,7 +45,7 @@ def bench(
         bool,
         typer.Option(
             "--cuda-graph",
-            help="Measure each whole step as one CUDA graph too, beside the encoder as one; on GPUs only.",
+            help="Measure with and without CUDA graphs, which a GPU uses by default; on GPUs only.",
         ),
     ] = False,
     together: Annotated[

@@ -170,11 +170,11 @@ class TrainingConfig(Config):
     """torch.compile of the encoder's passes, by mode; `reduce-overhead` uses CUDA graphs. Whether it pays on
     a machine, `headsearch bench --compile` says. A trial begins half a minute later; where compiling fails,
     the encoder stays as it is."""
-    cuda_graph: bool = False
-    """On a GPU, record a whole step (views, both passes, optimizer) once as a CUDA graph and replay it: for
-    encoders so small that the GPU waits for the launches of their kernels. Whether it pays,
-    `headsearch bench --cuda-graph` says. Joint scheme only, without `compile_encoder`; on a CPU, and where
-    the recording fails, steps are made as without it."""
+    cuda_graph: bool = True
+    """On a GPU, record a whole step (views, both passes, optimizer) once as a CUDA graph and replay it: the
+    GPU waits for no launches, and the training is the same to the bit. `headsearch bench --cuda-graph`
+    measures both. In the joint scheme only, and not with `compile_encoder`; photos, a CPU, and what cannot be
+    recorded do without it."""
     encode_views: Literal["together", "apart"] = "together"
     """Whether both views of a batch go through encoder and head at once, and share the statistics of batch
     norms (google-research/simclr), or one after the other (solo-learn, lightly)."""

@@ -87,16 +87,6 @@ class TrialConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _graph_fits(self) -> Self:
-        if self.training.cuda_graph and self.scheme.kind != "joint":
-            raise ValueError("training.cuda_graph: needs scheme.kind = 'joint', whose steps are all alike")
-        if self.training.cuda_graph and self.training.compile_encoder != "off":
-            raise ValueError(
-                "training.cuda_graph: records the encoder as it is; set training.compile_encoder = 'off'"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _head_has_steps(self) -> Self:
         still = self.head.kind in ("none", "reweight") or (
             isinstance(self.head, MlpHead | LinearHead) and self.head.frozen

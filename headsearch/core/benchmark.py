@@ -30,6 +30,8 @@ from headsearch.core.stages import Measure, Stages, random_images, seconds_of
 from headsearch.core.together import Together
 
 NOISE_CLASSES: Final = 10
+STILL: Final = 1e-6
+"""Learning rate of what is measured: its steps cost the same, and nothing moves."""
 BARE_STEPS: Final = 50
 """Of the encoder alone, before and after a whole trial."""
 
@@ -124,6 +126,9 @@ def measure(
     Raises SpecError if a batch does not fit the training images, and TrialFailure like `pretrain`.
     """
     check_steps(config, images)
+    # Hundreds of steps on images of noise, past the end of the schedule, can make any head collapse.
+    still = config.optimizer.model_copy(update={"learning_rate": STILL})
+    config = config.model_copy(update={"optimizer": still})
     precision = resolve_precision(config.training, device)
     with memory_checked(), PeakMemory(device) as peak, TemporaryDirectory(dir=_folder(home)) as folder:
         learner = build_learner(config, images, device, home)
@@ -161,6 +166,7 @@ def measure(
         if probe:
             pretrained = _pretrained(learner, config, precision)
             probing = seconds_of(lambda: evaluate(pretrained, images, config, device=device), device)
+    graphed = learner.graphed is not None and learner.graphed.recorded
     views_a_step = 2 * config.training.batch_size
     step = statistics.median(per_step["training"])
     named = {name: statistics.median(values) for name, values in per_step.items() if name != "training"}
@@ -171,7 +177,7 @@ def measure(
         image_size=images.image_size,
         precision=precision,
         channels_last=config.training.channels_last,
-        compiled="cuda-graph" if learner.graphed is not None else config.training.compile_encoder,
+        compiled="cuda-graph" if graphed else config.training.compile_encoder,
         device=device.type,
         model=processor(device),
         torch=torch.__version__,

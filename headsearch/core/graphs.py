@@ -9,17 +9,16 @@ that are filled in before it, and the loss is a tensor that is read after it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Final
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from headsearch.core.features import Precision
 from headsearch.core.learner import Learner
-from headsearch.core.steps import STEPS, Batch
+from headsearch.core.optimizers import set_rate
+from headsearch.core.steps import Batch, joint_steps, rate_of
 from headsearch.core.views import Views, ViewStream
 
 logger = logging.getLogger(__name__)
@@ -76,8 +75,6 @@ class GraphedStep:
         self._made = 0
         self._images: Tensor | None = None
         self._labels = self._loss = torch.empty(0)
-        groups = learner.optimizer.param_groups
-        self._rates = [torch.zeros((), device=learner.device) for _ in groups]
 
     @property
     def recorded(self) -> bool:
@@ -89,38 +86,35 @@ class GraphedStep:
 
         The loss is overwritten by the next step. `steps` is how many an epoch has.
         """
+        optimizer, config = self.learner.optimizer, self.learner.config.optimizer
+        set_rate(optimizer, rate_of(self.learner, config, number, steps))
         graph = self._graph
         if graph is None:
-            return self._step(images, labels, number, steps)
+            return self._step(images, labels)
         if self._made < WARM_STEPS:
             self._made += 1
-            return graph.warm(lambda: self._step(images, labels, number, steps))
-        if self._images is None and not self._recorded(graph, images, labels, number, steps):
-            return self._step(images, labels, number, steps)
+            return graph.warm(lambda: self._step(images, labels))
+        if self._images is None and not self._recorded(graph, images, labels):
+            return self._step(images, labels)
         assert self._images is not None  # noqa: S101 - it is recorded
         self._images.copy_(images)
         self._labels.copy_(labels)
-        config = self.learner.config.optimizer
-        rate = Batch(self.learner, self.precision, images, labels, number, steps).rate(config)
-        for tensor, group in zip(self._rates, self.learner.optimizer.param_groups, strict=True):
-            tensor.fill_(rate * group["relative"])
         graph.replay()
         return self._loss
 
-    def _step(self, images: Tensor, labels: Tensor, number: int, steps: int) -> Tensor:
+    def _step(self, images: Tensor, labels: Tensor) -> Tensor:
         with torch.no_grad():
             pair = self.views.pair(images, self.stream)
-        batch = Batch(self.learner, self.precision, pair, labels, number, steps)
-        return STEPS[self.learner.config.scheme.kind](batch)
+        batch = Batch(self.learner, self.precision, pair, labels, 0, 1, rates_given=True)
+        return joint_steps(batch)
 
-    def _recorded(self, graph: CudaGraph, images: Tensor, labels: Tensor, number: int, steps: int) -> bool:
+    def _recorded(self, graph: CudaGraph, images: Tensor, labels: Tensor) -> bool:
         """Record the step; false, and never again, where that fails."""
         given, answers = images.clone(), labels.clone()
         # Gradients of earlier steps are not the graph's memory; its own are made while it is recorded.
         self.learner.optimizer.zero_grad()
         try:
-            with rates_from(self.learner.optimizer, self._rates):
-                self._loss = graph.record(lambda: self._step(given, answers, number, steps))
+            self._loss = graph.record(lambda: self._step(given, answers))
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             logger.warning("training.cuda_graph: the step could not be recorded, %s", reason)
@@ -130,29 +124,15 @@ class GraphedStep:
         return True
 
 
-@contextmanager
-def rates_from(optimizer: Optimizer, rates: list[Tensor]) -> Iterator[None]:
-    """Within: each group's learning rate is its tensor of `rates`, which a recorded step reads."""
-    groups = optimizer.param_groups
-    before = [dict(group) for group in groups]
-    for group, rate in zip(groups, rates, strict=True):
-        group["lr"] = rate
-        if "capturable" in group:
-            group["capturable"] = True  # Adam refuses to be recorded otherwise
-    try:
-        yield
-    finally:
-        # A checkpoint has plain numbers, whatever device goes on with it.
-        for group, old in zip(groups, before, strict=True):
-            group.update(old)
-
-
 def graphed_step(learner: Learner, views: Views, precision: Precision) -> GraphedStep | None:
     """Give the learner's step as a graph, made at the first call; None where it has none.
 
-    That is where `training.cuda_graph` is off, on a CPU, and where views are not drawn by the GPU's kernel.
+    That is where `training.cuda_graph` is off or the encoder is compiled, where the scheme alternates, so
+    that steps are not all alike, on a CPU, and where views are not drawn by the GPU's kernel.
     """
-    if not learner.config.training.cuda_graph or views.stream_kind != "cuda-philox":
+    config = learner.config
+    wanted = config.training.cuda_graph and config.training.compile_encoder == "off"
+    if not wanted or config.scheme.kind != "joint" or views.stream_kind != "cuda-philox":
         return None
     if learner.graphed is None:
         stream = views.stream(learner.config.seed, "views", 0)

@@ -17,7 +17,7 @@ from headsearch.core.compiling import CompiledEncoder
 from headsearch.core.encoders import build_encoder
 from headsearch.core.heads import build_head
 from headsearch.core.images import ImageSet
-from headsearch.core.optimizers import build_optimizer
+from headsearch.core.optimizers import build_optimizer, load_state, state_of
 from headsearch.core.randomness import initialisation
 
 if TYPE_CHECKING:
@@ -55,14 +55,23 @@ class Learner:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds."""
-        parts = {"encoder": self.encoder, "head": self.head, "online": self.online}
-        optimizers = {"optimizer": self.optimizer, "head_optimizer": self.head_optimizer}
-        return {name: part.state_dict() for name, part in (parts | optimizers).items() if part is not None}
+        networks = {name: network.state_dict() for name, network in self._networks().items()}
+        return networks | {name: state_of(one) for name, one in self._optimizers().items()}
 
     def load(self, state: dict[str, Any]) -> None:
         """Take up a state of the same configuration."""
-        for name in self.state():
-            getattr(self, name).load_state_dict(state[name])
+        for name, network in self._networks().items():
+            network.load_state_dict(state[name])
+        for name, optimizer in self._optimizers().items():
+            load_state(optimizer, state[name])
+
+    def _networks(self) -> dict[str, nn.Module]:
+        networks = {"encoder": self.encoder, "head": self.head, "online": self.online}
+        return {name: network for name, network in networks.items() if network is not None}
+
+    def _optimizers(self) -> dict[str, Optimizer]:
+        optimizers = {"optimizer": self.optimizer, "head_optimizer": self.head_optimizer}
+        return {name: one for name, one in optimizers.items() if one is not None}
 
     def redraw_head(self, times: int) -> None:
         """Initialise the head for the `times`-th time, in place, and forget its optimizer's momenta."""

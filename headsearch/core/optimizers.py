@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, overload
+from typing import Any, Final, overload
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from headsearch.config import LarsForm, OptimizerConfig
+
+CPU: Final = torch.device("cpu")
+OF_DEVICE: Final = ("lr", "capturable")
+"""Of a parameter group: what depends on the kind of its device, and not on the training."""
 
 
 class Lars(Optimizer):
@@ -144,6 +148,9 @@ def build_optimizer(
 
     `online` is a probe with a learning rate of its own, per 256 images, which follows the same schedule and
     does not decay (solo-learn, methods/base.py).
+
+    On a GPU each group's rate is a tensor there, which `set_rate` fills: a CUDA graph reads it at each
+    replay, and steps with a graph and without are the same to the bit.
     """
     groups = parameter_groups(modules, config.weight_decay, decay_all=config.decay_all)
     if online is not None:
@@ -153,8 +160,12 @@ def build_optimizer(
     for place, group in enumerate(groups):
         group.setdefault("relative", 1.0)
         group["adapt"] = place % 2 == 0
+        device = group["params"][0].device if group["params"] else CPU
+        if device.type == "cuda":
+            group["lr"] = torch.tensor(config.learning_rate * group["relative"], device=device)
     if config.name == "adamw":
-        return AdamW(groups, lr=config.learning_rate, fused=True)
+        on_gpu = any(isinstance(group.get("lr"), Tensor) for group in groups)
+        return AdamW(groups, lr=config.learning_rate, fused=True, capturable=on_gpu)
     if config.name == "lars":
         return Lars(
             groups,
@@ -168,14 +179,31 @@ def build_optimizer(
 
 
 def set_rate(optimizer: Optimizer, rate: float) -> None:
-    """Give all groups the rate of this step."""
+    """Give all groups the rate of this step. Never waits for the device."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["relative"]
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate * group["relative"])
+        else:
+            group["lr"] = rate * group["relative"]
 
 
-def follows_tensor(optimizer: Optimizer) -> bool:
-    """Say whether the learning rates are tensors, which a CUDA graph reads; see `graphs.rates_from`."""
-    return any(isinstance(group["lr"], Tensor) for group in optimizer.param_groups)
+def state_of(optimizer: Optimizer) -> dict[str, Any]:
+    """Give its state for a checkpoint. A rate that is on a device is left as 0: each step sets its own."""
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        if isinstance(group["lr"], Tensor):
+            group["lr"] = 0.0
+    return state
+
+
+def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Take up a state of `state_of`, also one of another kind of device."""
+    kept: list[dict[str, Any]] = [
+        {name: group[name] for name in OF_DEVICE if name in group} for group in optimizer.param_groups
+    ]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, kept, strict=True):
+        group.update(own)
 
 
 def learning_rate(

@@ -10,6 +10,7 @@ from typing import Final
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from headsearch.core import graphs
 from headsearch.core.checkpoint import CheckpointFolder
@@ -63,7 +64,8 @@ class Stages:
     """One learner and one batch: whole epochs, the bare encoder, and what an epoch adds to it.
 
     Each method does the work of `steps` steps. `encoder` is the limit: the passes through the encoder that
-    an epoch makes of views that are there already, forward and backward, and nothing else.
+    an epoch makes of views that are there already, forward and backward, and nothing else. Where the steps
+    of an epoch are a CUDA graph, each part is one as well.
     """
 
     def __init__(self, learner: Learner, train: Split, views: Views, precision: Precision) -> None:
@@ -73,21 +75,23 @@ class Stages:
         self.draws = views.stream(config.seed, "views", 0)
         self.passes = config.scheme.steps_per_batch if config.scheme.kind == "joint" else 1
         with torch.no_grad():
-            images, labels = next(self._batches(1))
-            pair = views.pair(images, self.draws)
+            self.images, labels = next(self._batches(1))
+            pair = views.pair(self.images, self.draws)
         self.batch = Batch(learner, precision, pair, labels, 0, len(train) // self.batch_size)
         self.epochs = 0
-        self.bare: graphs.CudaGraph | None = None
+        self.graphs: dict[Callable[[], Tensor], graphs.CudaGraph] = {}
         self.epoch(WARM_STEPS + (graphs.WARM_STEPS if config.training.cuda_graph else 0))
         # Copied: what a compiled encoder returns may be memory that its next call uses again (CUDA graphs).
         self.features = self.batch.features().detach().clone().requires_grad_()
         self.gradient = torch.full_like(self.features, 1.0 / self.features.numel())
         self.encoder(WARM_STEPS)
-        if learner.graphed is not None:
-            # A recorded training is measured beside a recorded encoder.
-            self.bare = graphs.CudaGraph(learner.device)
-            self.bare.warm(self._pass_encoder)
-            self.bare.record(self._pass_encoder)
+        if learner.graphed is not None and learner.graphed.recorded:
+            self.draws = learner.graphed.stream  # its state is on the device, where a replay moves it on
+            for part in (self._pass_encoder, self._pass_views, self._pass_head, self._pass_optimizers):
+                graph = graphs.CudaGraph(learner.device)
+                graph.warm(part)
+                graph.record(part)
+                self.graphs[part] = graph
 
     def epoch(self, steps: int) -> None:
         """Train as a trial does: whole epochs, and of the last the steps that are left."""
@@ -103,11 +107,35 @@ class Stages:
     def encoder(self, steps: int) -> None:
         """Forward and backward of the encoder alone."""
         self.learner.encoder.train()
-        for _ in range(steps * self.passes):
-            if self.bare is not None:
-                self.bare.replay()
+        self._repeat(self._pass_encoder, steps * self.passes)
+
+    def make_views(self, steps: int) -> None:
+        """Bring batches to the device and make two views of each image."""
+        for images, _ in self._batches(steps):
+            if self.graphs and isinstance(images, Tensor) and isinstance(self.images, Tensor):
+                self.images.copy_(images)  # a graph reads them where they were
             else:
-                self._pass_encoder()
+                self.images = images
+            self._repeat(self._pass_views, 1)
+
+    def head(self, steps: int) -> None:
+        """Forward and backward of head and objective, and of the online probe, from fixed features."""
+        self.learner.head.train()
+        self._repeat(self._pass_head, steps * self.passes)
+
+    def optimizer(self, steps: int) -> None:
+        """Steps of the optimizers, which change nothing: their rate is 0."""
+        for optimizer in self._optimizers():
+            set_rate(optimizer, 0.0)
+        self._repeat(self._pass_optimizers, steps * self.passes)
+
+    def _repeat(self, part: Callable[[], Tensor], times: int) -> None:
+        graph = self.graphs.get(part)
+        for _ in range(times):
+            if graph is not None:
+                graph.replay()
+            else:
+                part()
 
     def _pass_encoder(self) -> Tensor:
         self.learner.encoder.zero_grad()
@@ -116,31 +144,28 @@ class Stages:
         return features.detach()
 
     @torch.no_grad()
-    def make_views(self, steps: int) -> None:
-        """Bring batches to the device and make two views of each image."""
-        for images, _ in self._batches(steps):
-            self.views.pair(images, self.draws)
+    def _pass_views(self) -> Tensor:
+        return self.views.pair(self.images, self.draws)
 
-    def head(self, steps: int) -> None:
-        """Forward and backward of head and objective, and of the online probe, from fixed features."""
-        self.learner.head.train()
-        for _ in range(steps * self.passes):
-            self.features.grad = None
-            self.learner.head.zero_grad()
-            loss = self.batch.loss(self.features) + self.batch.online_loss(self.features)
-            loss.backward()
+    def _pass_head(self) -> Tensor:
+        self.features.grad = None
+        self.learner.head.zero_grad()
+        loss = self.batch.loss(self.features) + self.batch.online_loss(self.features)
+        loss.backward()
+        return loss.detach()
 
-    def optimizer(self, steps: int) -> None:
-        """Steps of the optimizers, which change nothing: their rate is 0."""
-        for optimizer in (self.learner.optimizer, self.learner.head_optimizer):
-            if optimizer is not None:
-                for group in optimizer.param_groups:
-                    for weight in group["params"]:
-                        if weight.grad is None:
-                            weight.grad = torch.zeros_like(weight)
-                for _ in range(steps * self.passes):
-                    set_rate(optimizer, 0.0)
-                    optimizer.step()
+    def _pass_optimizers(self) -> Tensor:
+        for optimizer in self._optimizers():
+            for group in optimizer.param_groups:
+                for weight in group["params"]:
+                    if weight.grad is None:
+                        weight.grad = torch.zeros_like(weight)
+            optimizer.step()
+        return self.gradient
+
+    def _optimizers(self) -> list[Optimizer]:
+        both = (self.learner.optimizer, self.learner.head_optimizer)
+        return [optimizer for optimizer in both if optimizer is not None]
 
     def _batches(self, steps: int) -> Iterator[tuple[Images, Tensor]]:
         order = torch.arange(self.batch_size).repeat(steps)

@@ -14,21 +14,33 @@ from headsearch.config import AlternatingScheme, JointScheme, OptimizerConfig
 from headsearch.core.features import Precision, arithmetic
 from headsearch.core.learner import Learner
 from headsearch.core.objectives import objective
-from headsearch.core.optimizers import follows_tensor, learning_rate, set_rate
+from headsearch.core.optimizers import learning_rate, set_rate
 
 UNLABELLED: Final = -1
 """Label of an image that has none."""
 
 
 class Batch:
-    """Two views (2B, 3, S, S) of a batch, first views first, and the means to make steps with them."""
+    """Two views (2B, 3, S, S) of a batch, first views first, and the means to make steps with them.
+
+    With `rates_given` the caller has set the learning rates; a step that is being recorded must not.
+    """
 
     def __init__(
-        self, learner: Learner, precision: Precision, pair: Tensor, labels: Tensor, number: int, steps: int
+        self,
+        learner: Learner,
+        precision: Precision,
+        pair: Tensor,
+        labels: Tensor,
+        number: int,
+        steps: int,
+        *,
+        rates_given: bool = False,
     ) -> None:
         self.learner, self.precision = learner, precision
         self.pair, self.labels = pair, labels
         self.number, self.steps = number, steps
+        self.rates_given = rates_given
 
     def features(self) -> Tensor:
         """Encode the views."""
@@ -60,27 +72,25 @@ class Batch:
         known = F.cross_entropy(logits, labels, ignore_index=UNLABELLED, reduction="sum")
         return known / (labels != UNLABELLED).sum().clamp(min=1)
 
-    def rate(self, config: OptimizerConfig) -> float:
-        """Compute the learning rate of this batch."""
-        training = self.learner.config.training
-        return learning_rate(
-            config,
-            step=self.number,
-            steps_per_epoch=self.steps,
-            epochs=training.epochs,
-            batch_size=training.batch_size,
-        )
-
     def descend(self, optimizer: Optimizer, config: OptimizerConfig, loss: Tensor) -> None:
-        """Step along the gradient of `loss`, at the learning rate of this batch.
-
-        An optimizer whose rate is a tensor is being recorded: whoever replays the record fills in the rate.
-        """
-        if not follows_tensor(optimizer):
-            set_rate(optimizer, self.rate(config))
+        """Step along the gradient of `loss`, at the learning rate of this batch."""
+        if not self.rates_given:
+            set_rate(optimizer, rate_of(self.learner, config, self.number, self.steps))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+
+
+def rate_of(learner: Learner, config: OptimizerConfig, number: int, steps: int) -> float:
+    """Compute the learning rate of batch `number`, counted from 0; an epoch has `steps`."""
+    training = learner.config.training
+    return learning_rate(
+        config,
+        step=number,
+        steps_per_epoch=steps,
+        epochs=training.epochs,
+        batch_size=training.batch_size,
+    )
 
 
 def joint_steps(batch: Batch) -> Tensor:

@@ -52,8 +52,9 @@ def bench(
     """Benchmark the first point of a study with each encoder, batch size, precision, compile mode.
 
     Without a study, SimCLR with its usual head on `images` training images of noise of `image_size` pixels,
-    by default `CPU_IMAGES` or `GPU_IMAGES`. `cuda_graph` measures each whole step as one CUDA graph, too;
-    `trial` an epoch with its report and checkpoint; `together` has numbers of trainings to measure at once.
+    by default `CPU_IMAGES` or `GPU_IMAGES`. `cuda_graph` measures with and without CUDA graphs, which a GPU
+    uses by default; `trial` an epoch with its report and checkpoint; `together` has numbers of trainings to
+    measure at once.
 
     Raises:
         InputError: The study, an override, an encoder or the device is not valid, images are missing, or a

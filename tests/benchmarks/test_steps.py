@@ -45,7 +45,7 @@ def test_each_training_of_the_grid_can_be_asked_for():
     assert found == wanted
     modes = {one.training.compile_encoder for one in made.values()}
     assert modes == {"off", "default", "max-autotune-no-cudagraphs"}
-    assert sum(one.training.cuda_graph for one in made.values()) == 3
+    assert sum(one.training.cuda_graph for one in made.values()) == 4
 
 
 def test_the_study_has_24_trials(tmp_path):

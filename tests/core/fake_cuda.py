@@ -85,7 +85,8 @@ class Unregistered(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return None if func.overloadpacket.__name__ == "_fused_sgd_" else func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        return None if name in ("_fused_sgd_", "_fused_adamw_") else func(*args, **(kwargs or {}))
 
 
 def tensors(tree: Any) -> list[Tensor]:

@@ -18,6 +18,8 @@ for _folder in ("core", "runtime", "benchmarks"):
 from headsearch.core.device import pick_device
 from headsearch.core.memory import free_memory
 
+gc.freeze()  # what is imported stays: a collection before each test need not look at it
+
 
 @pytest.fixture(
     params=[
