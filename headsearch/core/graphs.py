@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import cache
 from typing import Final
 
 import torch
@@ -27,6 +28,12 @@ WARM_STEPS: Final = 3
 """Steps made before the recording: cuDNN and cuBLAS set themselves up, and optimizers make their state."""
 
 
+@cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Give the stream on which graphs are recorded, one a device: cuBLAS keeps 32 MiB for each it meets."""
+    return torch.cuda.Stream(device)
+
+
 class CudaGraph:
     """What a function launches on `device`, recorded once and launched again at once.
 
@@ -35,7 +42,7 @@ class CudaGraph:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = side_stream(device)
         self._graph = torch.cuda.CUDAGraph()
 
     def warm(self, run: Callable[[], Tensor]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import platform
 import re
 from collections.abc import Iterator
@@ -56,6 +57,7 @@ def keep_memory() -> bool:
 def free_memory(device: torch.device) -> None:
     """Give back what the allocators, torch's of the device and the C library's, keep for later use."""
     if device.type == "cuda":
+        gc.collect()  # a learner and its recorded step refer to each other
         torch.cuda.empty_cache()
     if library := _glibc():
         library.malloc_trim(0)

@@ -200,6 +200,7 @@ def _trained(
                 save()
         yield reports[-1]
 
+    learner.graphed = None  # its memory is the probe's
     if best.weights is not None:
         for part, state_of_part in best.weights.items():
             getattr(learner, part).load_state_dict(state_of_part)

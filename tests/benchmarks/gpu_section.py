@@ -139,7 +139,7 @@ def bench(found: Figures) -> list[str]:
         (
             one["name"], f"{one['views_per_second']:,.0f}", f"{one['bare_encoder']:,.0f}", f"{one['share']:.1%}",
             *(f"{one['of_step'][stage]:.1%}" for stage in ("views", "head and loss", "optimizer")),
-            *(f"{one['of_epoch'][stage]:.1%}" for stage in ("report", "checkpoint")), f"{one['peak_gib']:.2f} GiB",
+            *(f"{one['of_epoch'][stage]:.1%}" for stage in ("report", "checkpoint")), f"{one['peak_gib']:.2f} GiB" if one["peak_gib"] else "-",
         )
         for one in found["bench"]
     ]  # fmt: skip
