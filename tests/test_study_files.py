@@ -68,7 +68,7 @@ def home(open_folder_factory: Callable[..., AbstractContextManager[Path]]) -> It
 
 def reduced(images: Path) -> list[str]:
     return [
-        "data.name=folder", f"data.root={images}", "data.image_size=32", "data.limit=200",
+        "data.name=folder", f"data.root={images}", "data.classes=all", "data.image_size=32", "data.limit=200",
         "encoder.name=small-resnet", "encoder.width=8", "encoder.stem=auto", "encoder.pretrained=false",
         "training.batch_size=32", "optimizer.warmup_epochs=0", "autoencoder.epochs=1",
         "probe.offline_epochs=1", "budget.epochs=1", "budget.rungs=[]",

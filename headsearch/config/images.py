@@ -23,6 +23,9 @@ class DataConfig(Config):
     root: str | None = None
     """Folder that holds the data. A relative path is looked up under $HEADSEARCH_DATA, else under the
     working directory. Without one, torchvision's data sets are kept in the headsearch home."""
+    classes: Literal["all", "imagenet-100"] = "all"
+    """Class folders of `folder` that are used: `imagenet-100` takes that list's 100 (Tian et al. 2020) out of
+    ImageNet's 1,000, whose `val` may stand for `test`."""
     download: bool = False
     """Fetch a torchvision data set that is not under `root` yet."""
     image_size: int | None = Field(default=None, ge=4, le=1024)
@@ -59,6 +62,8 @@ class DataConfig(Config):
     def _folder_has_root(self) -> Self:
         if self.name == "folder" and self.root is None:
             raise ValueError("data.root: name the folder that holds train/<class>/* and test/<class>/*")
+        if self.name != "folder" and self.classes != "all":
+            raise ValueError(f"data.classes: {self.classes!r} is for data.name = 'folder'")
         return self
 
 

@@ -15,6 +15,7 @@ from headsearch.config import DataConfig
 from headsearch.core.decoding import Decoded, Pictures, Pixels, Stored, decode_splits, fit_array, new_array
 from headsearch.core.folder import file_states, list_folder, read_folder
 from headsearch.core.imagecache import locked
+from headsearch.core.imagenet100 import CLASSES as IMAGENET_100
 from headsearch.core.splits import held_out, stratified_order
 from headsearch.errors import DataError, WorldError
 
@@ -77,7 +78,8 @@ def find_source(config: DataConfig, home: Path) -> Source:
         )
     if config.name == "folder":
         root = resolve_root(config.root or "")
-        listing = list_folder(root, unlabelled=config.unlabelled)
+        only = IMAGENET_100 if config.classes == "imagenet-100" else ()
+        listing = list_folder(root, unlabelled=config.unlabelled, only=only)
         states = file_states(root, listing.names)
         return Source(
             {

@@ -29,6 +29,8 @@ SIDES = range(4, 1025)
 SPLITS = ("train", "test")
 UNLABELLED = "unlabelled"
 LAYOUT = "train/<class>/** and test/<class>/**, and may hold unlabelled/**"
+MOST_NAMES = 20
+"""Missing classes that are named."""
 
 _log = logging.getLogger(__name__)
 
@@ -69,6 +71,7 @@ class Listing:
     unlabelled: tuple[str, ...] = ()
     ignored: Ignored = field(default_factory=Ignored)
     notes: tuple[str, ...] = ()
+    test_folder: str = "test"
 
     def __len__(self) -> int:
         return len(self.train) + len(self.test) + len(self.unlabelled)
@@ -81,7 +84,11 @@ class Listing:
     def lines(self, unreadable: Sequence[str] = ()) -> list[str]:
         """What was found, used and ignored; `unreadable` are names that turned out to be."""
         lost = Counter(name.partition("/")[0] for name in unreadable)
-        counts = {"train": len(self.train), "test": len(self.test), UNLABELLED: len(self.unlabelled)}
+        counts = {
+            "train": len(self.train),
+            self.test_folder: len(self.test),
+            UNLABELLED: len(self.unlabelled),
+        }
         used = ", ".join(f"{n - lost[split]:,} in {split}" for split, n in counts.items() if n)
         found = len(self) + self.ignored.count
         images = f"{len(self) - len(unreadable):,} images used ({used})"
@@ -93,25 +100,28 @@ class Listing:
         ]
 
 
-def list_folder(root: Path, *, unlabelled: bool = True) -> Listing:
+def list_folder(root: Path, *, unlabelled: bool = True, only: Sequence[str] = ()) -> Listing:
     """List the images under `root`, at any depth below a class folder, and count all that is ignored.
 
     Hidden entries and files without an image's extension are ignored. Class names that look equal (Unicode's
     composed and decomposed forms) are one class. Without train/, the labelled images are those of test/.
+    With `only`, of ImageNet's classes, those of other names are ignored, and val/ may stand for test/.
 
-    Raises DataError if a split or a class is empty, if there are fewer than two classes, or if the splits'
-    classes differ; StorageError if a folder cannot be listed.
+    Raises DataError if a split or a class is empty, if a class of `only` is missing, if there are fewer than
+    two classes, or if the splits' classes differ; StorageError if a folder cannot be listed.
     """
     if not root.is_dir():
         raise DataError(f"data.root: {root} is not a folder; it must hold {LAYOUT}")
     ignored, notes = Ignored(), list[str]()
     loose: list[str] = []
+    as_imagenet = bool(only) and not (root / "test").is_dir() and (root / "val").is_dir()
+    folders = {"train": "train", "test": "val" if as_imagenet else "test"}
     try:
         for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
-            if entry.name in (*SPLITS, UNLABELLED) and _is_folder(entry):
+            if entry.name in (*folders.values(), UNLABELLED) and _is_folder(entry):
                 continue
             if _is_folder(entry) or not entry.name.startswith("."):
-                ignored.add(f"beside {', '.join(SPLITS)} and {UNLABELLED}", entry.name)
+                ignored.add(f"beside {', '.join(folders.values())} and {UNLABELLED}", entry.name)
         if (root / UNLABELLED).is_dir() and unlabelled:
             loose = sorted(_walk(root / UNLABELLED, UNLABELLED, ignored, _identities(root)))
             if not loose:
@@ -121,7 +131,7 @@ def list_folder(root: Path, *, unlabelled: bool = True) -> Listing:
     if (root / UNLABELLED).is_dir() and not unlabelled:
         notes.append(f"{UNLABELLED} is not used, as data.unlabelled says")
     halved = bool(loose) and not (root / "train").is_dir()
-    found = {split: _list_split(root, split, ignored, notes) for split in SPLITS[halved:]}
+    found = {split: _list_split(root, folders[split], ignored, notes, only) for split in SPLITS[halved:]}
     first = SPLITS[halved]
     classes = tuple(sorted(found[first]))
     if len(classes) < 2:
@@ -137,7 +147,16 @@ def list_folder(root: Path, *, unlabelled: bool = True) -> Listing:
         split: tuple((name, label) for label, cls in enumerate(classes) for name in by_class[cls])
         for split, by_class in found.items()
     }
-    return Listing(root, classes, files.get("train", ()), files["test"], tuple(loose), ignored, tuple(notes))
+    return Listing(
+        root,
+        classes,
+        files.get("train", ()),
+        files["test"],
+        tuple(loose),
+        ignored,
+        tuple(notes),
+        folders["test"],
+    )
 
 
 def file_states(root: Path, names: Sequence[str]) -> list[tuple[str, int, int, bool]]:
@@ -190,7 +209,8 @@ def read_folder(
         present = np.bincount(splits[split].labels, minlength=len(listing.classes))
         if not present.all():
             lost = listing.classes[int(np.argmin(present))]
-            raise DataError(f"data.root: no image in {listing.root / split / lost} can be read")
+            folder = listing.root / (listing.test_folder if split == "test" else split) / lost
+            raise DataError(f"data.root: no image in {folder} can be read")
     if not listing.train:
         splits["train"], splits["test"] = _halves(splits["test"], listing.classes)
     return Decoded(
@@ -220,8 +240,10 @@ def some(names: Sequence[str], count: int = 3) -> str:
     return ", ".join(names[:count]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _list_split(root: Path, split: str, ignored: Ignored, notes: list[str]) -> dict[str, list[str]]:
-    """Sorted relative file names by class."""
+def _list_split(
+    root: Path, split: str, ignored: Ignored, notes: list[str], only: Sequence[str]
+) -> dict[str, list[str]]:
+    """Sorted relative file names by class; of the classes `only`, where there are any."""
     folder = root / split
     if not folder.is_dir():
         raise DataError(f"data.root: {folder} is missing; {root} must hold {LAYOUT}")
@@ -238,12 +260,20 @@ def _list_split(root: Path, split: str, ignored: Ignored, notes: list[str]) -> d
                 ignored.add("links that lead nowhere" if _dangles(entry) else "not in a class folder", name)
                 continue
             cls = unicodedata.normalize("NFC", entry.name)
+            if only and cls not in only:
+                ignored.add("folders of other classes than data.classes has", name)
+                continue
             if cls in folders:
                 notes.append(f"{folders[cls]!a} and {name!a} look the same: they are one class")
             folders.setdefault(cls, name)
             by_class.setdefault(cls, []).extend(_walk(Path(entry.path), name, ignored, above))
     except OSError as error:
         raise _unlisted(error, folder) from error
+    if missing := [cls for cls in only if cls not in by_class]:
+        raise DataError(
+            f"data.classes: {folder} lacks {len(missing)} of the {len(only)} classes: "
+            f"{some(missing, MOST_NAMES)}"
+        )
     for cls, files in by_class.items():
         files.sort()
         if not files:
@@ -343,5 +373,5 @@ def _first_side(listing: Listing) -> int:
                 f"{SIDES[0]} to {SIDES[-1]}"
             )
         return side
-    split = "train" if listing.train else "test"
+    split = "train" if listing.train else listing.test_folder
     raise DataError(f"data.root: no image in {listing.root / split} can be read")

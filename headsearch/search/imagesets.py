@@ -44,8 +44,12 @@ class Stranger:
 
 
 def image_key(data: DataConfig) -> str:
-    """Name of what `data` loads; normalisation comes later and is no part of it."""
-    return data.model_copy(update={"normalization": "none"}).model_dump_json()
+    """Name of what `data` loads; normalisation comes later and is no part of it.
+
+    A field that came later is left out where it changes nothing, so that older studies keep their names.
+    """
+    later = {"classes"} if data.classes == "all" else set[str]()
+    return data.model_copy(update={"normalization": "none"}).model_dump_json(exclude=later)
 
 
 def settle(database: Database, study: Study, seen: KnownImages) -> KnownImages:
