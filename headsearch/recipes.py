@@ -9,7 +9,8 @@ source's, with the differences that stay.
 In a configuration the recipe comes first, the system over it, and what is given beside them over both. A
 table of another ``kind`` replaces one whole.
 
-Recipes were mended once. Studies from before are of edition 1, and mean what they meant.
+Recipes were mended once. Studies from before are of edition 1, and mean what they meant. Edition 3 changes no
+recipe: small square images at another size than they are stored at are cropped before they are resized.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ from typing import Any, Final
 from headsearch.fields import guess
 from headsearch.systems import LIGHTLY_HEAD, SYSTEMS, Tree
 
-EDITION: Final = 2
-"""Of the recipes as they stand here."""
+EDITION: Final = 3
+RECIPES_SINCE: Final = 2
+"""Edition in which the recipes became what stands here."""
+STORED_SIDES: Final = {"digits": 8, "cifar10": 32, "cifar100": 32, "stl10": 96, "fashion-mnist": 28}
+"""Side in pixels of the images of data sets that are stored as one array."""
 KIND_DEFAULTS: Final = {"head": "mlp", "objective": "nt-xent", "scheme": "joint"}
 """Kinds of tables that come in several, where none is given."""
 
@@ -299,9 +303,21 @@ FORMER: Final[Mapping[str, Tree]] = {
 """What else it had in some."""
 
 
-def has_editions(tree: Mapping[str, Any]) -> bool:
-    """Say whether a trial's configuration depends on the edition: it names a recipe, or trains that probe."""
-    return bool(_name(tree, "recipe")) or tree.get("protocol") == "ouyang2025"
+def edition_of_stored(tree: Mapping[str, Any]) -> int | None:
+    """The edition of a stored study's trial that says none; None where it depends on none.
+
+    It depends on editions 1 and 2 if it names a recipe or trains that probe, on 2 and 3 if its images are an
+    array's at another size.
+    """
+    if _name(tree, "recipe") or tree.get("protocol") == "ouyang2025":
+        return 1
+    return 2 if _resizes_array(tree) else None
+
+
+def has_another_side(name: object, image_size: object) -> bool:
+    """Whether the images called `name` are stored at one side, and `image_size` is another."""
+    side = STORED_SIDES.get(name) if isinstance(name, str) else None
+    return side is not None and image_size not in (None, side)
 
 
 def unknown(field: str, name: str) -> str | None:
@@ -313,7 +329,7 @@ def unknown(field: str, name: str) -> str | None:
 def expanded(raw: Mapping[str, Any]) -> Tree:
     """`raw`, part of a trial's configuration, over what its recipe and system set, kinds filled in.
 
-    The recipe is as `edition`, 1 or 2, had it.
+    The recipe is as `edition` had it, and so are arrays that are resized.
     """
     tree: Tree = {}
     name = _name(raw, "recipe")
@@ -321,10 +337,19 @@ def expanded(raw: Mapping[str, Any]) -> Tree:
     former = (FORMER_DEFAULTS, FORMER.get(name, {})) if raw.get("edition") == 1 else ()
     for part in (recipe.tree if recipe else {}, *former, system.tree if system else {}, raw):
         tree = _over(tree, part)
+    if raw.get("edition") in (1, 2) and _resizes_array(tree):
+        tree = _over({"data": {"resize_first": True}}, tree)
     for table, kind in KIND_DEFAULTS.items():
         if isinstance(tree.get(table), dict):
             tree[table] = {"kind": kind, **tree[table]}
     return tree
+
+
+def _resizes_array(tree: Mapping[str, Any]) -> bool:
+    data = tree.get("data", {})
+    if not isinstance(data, Mapping):
+        return False
+    return has_another_side(data.get("name", "digits"), data.get("image_size"))
 
 
 def _name(raw: Mapping[str, Any], key: str) -> str:

@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError, ValidationInfo, model_validator
 from headsearch import space as spaces
 from headsearch.config import Config, Protocol, TrialConfig, flatten, set_path
 from headsearch.fields import explain, fields_at
-from headsearch.recipes import has_editions
+from headsearch.recipes import edition_of_stored
 from headsearch.resilience import Lease, WorkerSpec
 from headsearch.space import Params, Space
 
@@ -249,14 +249,15 @@ class StudySpec(Config):
     def trial_tree(self, params: Params, seed: int) -> dict[str, Any]:
         """What is given of a trial's configuration: base, then the point, then what the study itself sets.
 
-        A spec that does not say its edition, though it matters, was stored before there were two.
+        A spec that does not say its edition, though it matters, was stored before the next one.
         """
         tree: dict[str, Any] = json.loads(json.dumps(self.base))
         for path, value in params.items():
             set_path(tree, path, value)
         set_path(tree, "training.epochs", self.budget.epochs)
         tree |= {"seed": seed, "protocol": self.protocol}
-        return {"edition": 1, **tree} if has_editions(tree) else tree
+        edition = edition_of_stored(tree)
+        return tree if edition is None else {"edition": edition, **tree}
 
     def trial_config(self, params: Params, seed: int) -> TrialConfig:
         """The configuration of one trial."""

@@ -10,10 +10,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from headsearch import space as spaces
-from headsearch.config import TrialConfig, set_path
+from headsearch.config import TrialConfig, flatten, set_path
 from headsearch.errors import SpecError
 from headsearch.fields import explain, guess
-from headsearch.recipes import EDITION, KIND_DEFAULTS
+from headsearch.recipes import EDITION, KIND_DEFAULTS, RECIPES_SINCE, has_another_side
 from headsearch.spec import StudySpec
 
 
@@ -39,7 +39,8 @@ def load_study(path: Path, overrides: Iterable[str] = (), *, check_points: bool 
 def parse_study(tree: dict[str, Any], *, source: str, check_points: bool = True) -> StudySpec:
     """Check plain data of a new study; `source` begins the message.
 
-    What depends on the edition of the recipes is of today's, unless the data say another.
+    What depends on the edition is of today's, unless the data say another. The spec says the first edition
+    that means the same, so that it equals that of a study which was made before the last one.
     """
     try:
         return StudySpec.model_validate(_with_edition(tree), context={"check_points": check_points})
@@ -53,9 +54,19 @@ def _with_edition(tree: dict[str, Any]) -> dict[str, Any]:
         return tree
     space, points = tree.get("space", {}), tree.get("points", ())
     named = [part for part in (base, space, *points) if isinstance(part, dict)] if _is_list(points) else []
-    if any("recipe" in part for part in named) or tree.get("protocol") == "ouyang2025":
+    if _resizes_array(base, named[1:]):
         return {**tree, "base": {"edition": EDITION, **base}}
+    if any("recipe" in part for part in named) or tree.get("protocol") == "ouyang2025":
+        return {**tree, "base": {"edition": RECIPES_SINCE, **base}}
     return tree
+
+
+def _resizes_array(base: dict[str, Any], varied: Iterable[dict[str, Any]]) -> bool:
+    """Whether a study's images may have another side than they are stored at; where sizes vary, they do."""
+    fixed = flatten(base)
+    name = fixed.get("data.name", "digits")
+    vary = any(path.startswith("data.image_size") for part in varied for path in flatten(part))
+    return has_another_side(name, "varied" if vary else fixed.get("data.image_size"))
 
 
 def _is_list(points: object) -> bool:

@@ -19,6 +19,7 @@ from headsearch.core.optimizers import learning_rate
 from headsearch.core.steps import STEPS, Batch
 from headsearch.errors import SpecError
 from headsearch.recipes import RECIPES
+from headsearch.runtime.single import point_of
 from headsearch.spec import StudySpec, differences
 from headsearch.study_file import load_study, one_point, parse_study
 from headsearch.systems import SYSTEMS
@@ -293,6 +294,16 @@ def test_a_new_study_writes_its_edition_down_where_it_matters() -> None:
     points = [{"recipe": "lightly-cifar10"}, {"recipe": "solo-learn-cifar"}]
     assert new_study(mode="points", points=points, space={}).base["edition"] == 2
     assert new_study(base={"recipe": "lightly-cifar10", "edition": 1}).base["edition"] == 1
+    arrays = {"data": {"name": "stl10", "image_size": 64}}
+    assert new_study(base=arrays).base["edition"] == 3
+    assert new_study(base={"data.name": "stl10", "data.image_size": 64}).base["edition"] == 3
+    assert new_study(base={"recipe": "lightly-cifar10", **arrays}).base["edition"] == 3
+    assert new_study(space={"data": {"image_size": [8, 12]}}).base["edition"] == 3
+    assert new_study(space={"data.image_size": {"choices": [8, 12]}}).base["edition"] == 3
+    assert new_study(mode="points", points=[{"data.image_size": 12}], space={}).base["edition"] == 3
+    assert "edition" not in new_study(base={"data": {"name": "stl10", "image_size": 96}}).base
+    assert "edition" not in new_study(base={"data": {"name": "imagenette", "image_size": 96}}).base
+    assert new_study(base={"edition": 2, **arrays}).trial_config({}, 0).data.resize_first
     spec = new_study(base={"recipe": "lightly-cifar10"})
     assert StudySpec.model_validate(spec.to_json()) == spec
     assert spec.trial_config({}, 0).encoder.initialisation == "torch"
@@ -304,3 +315,47 @@ def test_a_stored_study_and_the_same_file_today_differ_by_the_edition_alone() ->
     assert differences(StudySpec.model_validate(tree), parse_study(tree, source="file")) == [
         "base.edition: (none) -> 2"
     ]
+
+
+ARRAYS = {"data": {"name": "cifar10", "image_size": 48}}
+
+
+@pytest.mark.parametrize(
+    "named", [{}, {"recipe": "lightly-cifar10"}, {"recipe": "lightly-cifar10", "edition": 2}]
+)
+def test_stored_studies_go_on_resizing_arrays_before_they_are_cropped(named: dict[str, Any]) -> None:
+    stored = StudySpec.model_validate({**STUDY, "base": {**named, **ARRAYS}})
+    assert stored.trial_config({}, 0).data.resize_first
+    today = {key: value for key, value in named.items() if key != "edition"}
+    assert not new_study(base={**today, **ARRAYS}).trial_config({}, 0).data.resize_first
+
+
+@pytest.mark.parametrize("data", [{"name": "cifar10", "image_size": 32}, {"name": "cifar10"}, {}])
+def test_where_nothing_is_resized_all_editions_have_the_same_images(data: dict[str, Any]) -> None:
+    stored = StudySpec.model_validate({**STUDY, "base": {"data": data}}).trial_config({}, 0)
+    assert stored == new_study(base={"data": data}).trial_config({}, 0)
+    made = config(edition=2, recipe="lightly-cifar10", data=data)
+    assert made.data == config(recipe="lightly-cifar10", data=data).data
+
+
+def test_a_stored_study_that_varies_the_size_resizes_what_is_not_stored_at_it() -> None:
+    spec = StudySpec.model_validate({**STUDY, "space": {"data.image_size": [8, 12]}})
+    assert [spec.trial_config({"data.image_size": size}, 0).data.resize_first for size in (8, 12)] == [
+        False,
+        True,
+    ]
+    chosen = spec.trial_config({"data.image_size": 12}, 0)
+    assert TrialConfig.model_validate(chosen.model_dump(mode="json")) == chosen
+
+
+def test_one_training_of_a_study_crops_first_at_a_size_that_is_set_for_it(tmp_path: Path) -> None:
+    """Its recipe alone would have written edition 2 down."""
+    file = tmp_path / "s.toml"
+    file.write_text(
+        'name = "s"\nmode = "grid"\n[budget]\nepochs = 20\n[base]\nrecipe = "lightly-cifar10"\n'
+        'data.name = "cifar10"\n[space]\nhead.dropout = [0.0]\n'
+    )
+    assert point_of(file, []).edition == 2
+    made = point_of(file, ["data.image_size=48"])
+    assert (made.edition, made.data.image_size, made.data.resize_first) == (3, 48, False)
+    assert made.data.normalization == "imagenet"

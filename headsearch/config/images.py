@@ -7,6 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from headsearch.config.part import Config, Fraction
+from headsearch.recipes import has_another_side
 
 DatasetName = Literal[
     "digits", "cifar10", "cifar100", "stl10", "fashion-mnist", "imagenette", "fgvc-aircraft", "folder"
@@ -30,8 +31,10 @@ class DataConfig(Config):
     """Fetch a torchvision data set that is not under `root` yet."""
     image_size: int | None = Field(default=None, ge=4, le=1024)
     """Side in pixels of views and plain images; none takes the data set's own size (a folder's is its first
-    image's shorter side). Photos are cropped first and then resized; small square images (cifar10, stl10,
-    ...) that are to have another size are resized when decoded."""
+    image's shorter side). Views are cropped from the stored image and then resized."""
+    resize_first: bool = False
+    """For small square images (cifar10, stl10, ...) at another size than they are stored at: resize them when
+    they are decoded, and crop views from those. No source does so; studies of editions 1 and 2 do."""
     stored_side: int = Field(default=512, ge=16, le=4096)
     """Photos (a folder's, imagenette, fgvc-aircraft) are kept whole, in their own proportions, with a shorter
     side of at most this. What is larger is shrunk, and crops of less than `image_size` of it are blurred."""
@@ -65,6 +68,11 @@ class DataConfig(Config):
         if self.name != "folder" and self.classes != "all":
             raise ValueError(f"data.classes: {self.classes!r} is for data.name = 'folder'")
         return self
+
+    @property
+    def has_another_side(self) -> bool:
+        """Whether the images are stored as squares of one side and are asked for at another."""
+        return has_another_side(self.name, self.image_size)
 
 
 class ViewsConfig(Config):

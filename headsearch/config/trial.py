@@ -32,10 +32,11 @@ class TrialConfig(Config):
     system: str | None = Field(default=None, json_schema_extra={"enum": [None, *SYSTEMS]})
     """A head with its objective and scheme by name (`headsearch heads`). Overrides the recipe; what else is
     given overrides it."""
-    edition: Literal[1, 2] = EDITION
-    """Of the recipes and of protocol `ouyang2025`'s second probe: 2 is as their sources have them, 1 as
-    headsearch had them before. A study that depends on it writes it down when it is made; one without it is
-    from before."""
+    edition: Literal[1, 2, 3] = EDITION
+    """Recipes and protocol `ouyang2025`'s second probe are as their sources have them from 2 on, and as
+    headsearch had them before in 1. Small square images at another size than they are stored at are cropped
+    first in 3, and have `data.resize_first` in 1 and 2. A study that depends on it writes it down when it is
+    made; one without it is from before."""
     data: DataConfig = DataConfig()
     """Images and splits."""
     views: ViewsConfig = ViewsConfig()

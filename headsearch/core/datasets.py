@@ -16,12 +16,13 @@ from headsearch.core.decoding import Decoded, Pictures, Pixels, Stored, decode_s
 from headsearch.core.folder import file_states, list_folder, read_folder
 from headsearch.core.imagecache import locked
 from headsearch.core.imagenet100 import CLASSES as IMAGENET_100
+from headsearch.core.photos import PhotoArray
 from headsearch.core.splits import held_out, stratified_order
 from headsearch.errors import DataError, WorldError
+from headsearch.recipes import STORED_SIDES
 
 PHOTO_SIZE = 128
 """Default side of imagenette and fgvc-aircraft, whose images come in all sizes (Schliebitz et al. 2024)."""
-STL10_SIDE = 96
 BANNER = 20
 """Height in pixels of the copyright notice under every fgvc-aircraft image."""
 
@@ -74,7 +75,8 @@ def find_source(config: DataConfig, home: Path) -> Source:
     """
     if config.name == "digits":
         return Source(
-            {"name": "digits", "image_size": config.image_size}, lambda _: _read_digits(config.image_size)
+            {"name": "digits", "image_size": config.image_size, **_whole(config)},
+            lambda _: _read_digits(config),
         )
     if config.name == "folder":
         root = resolve_root(config.root or "")
@@ -119,6 +121,7 @@ def find_source(config: DataConfig, home: Path) -> Source:
             "stored_side": config.stored_side,
             "unlabelled": config.unlabelled,
             "files": file_states(root, files),
+            **_whole(config),
         },
         lambda scratch: _read_torchvision(config, dataset, root, scratch),
     )
@@ -129,20 +132,36 @@ def resolve_root(root: str) -> Path:
     return (Path(os.environ.get("HEADSEARCH_DATA") or ".") / Path(root).expanduser()).resolve()
 
 
-def _read_digits(size: int | None) -> Decoded:
+def _whole(config: DataConfig) -> dict[str, object]:
+    """What the identity of arrays has that are kept whole; nothing where it is what it always was."""
+    return {"whole": True} if config.has_another_side and not config.resize_first else {}
+
+
+def _kept(images: Pixels, config: DataConfig) -> Stored:
+    """An array's images (N, 3, H, W) as they are stored here: for views at another size, whole."""
+    if config.has_another_side and not config.resize_first:
+        return PhotoArray.of(images)
+    return fit_array(images, config.image_size)
+
+
+def _read_digits(config: DataConfig) -> Decoded:
     """scikit-learn's 1,797 digits, pixels 0..16 scaled to 0..255; a fifth of each class is the test split."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
     grey = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
     labels = bunch.target.astype(np.int64)
-    images = fit_array(_three_channels(grey), size)
+    images = _kept(_three_channels(grey), config)
     order = stratified_order(labels, salt=1)
     count = held_out(labels[order], 0.2)
     test, train = np.sort(order[:count]), np.sort(order[count:])
     classes = tuple(str(name) for name in bunch.target_names)
     return Decoded(
-        classes, Pictures(images[train], labels[train]), Pictures(images[test], labels[test]), len(labels)
+        classes,
+        Pictures(images[train], labels[train]),
+        Pictures(images[test], labels[test]),
+        len(labels),
+        view_side=config.image_size or STORED_SIDES["digits"],
     )
 
 
@@ -166,46 +185,46 @@ def _read_torchvision(config: DataConfig, dataset: Torchvision, root: Path, scra
             images, labels, said = _read_photos(found, config, scratch / f"{split}.raw.npy")
             notes += said
         else:
-            images, labels = _read_arrays(found, config.image_size)
+            images, labels = _read_arrays(found, config)
         splits.append(Pictures(images, np.asarray(labels, dtype=np.int64)))
         names = getattr(found, "classes", None) or range(int(splits[0].labels.max()) + 1)
         # imagenette gives each class several names
         classes = tuple(name[0] if isinstance(name, tuple) else str(name) for name in names)
     loose = None
     if config.unlabelled and dataset.unlabelled is not None:
-        assert isinstance(splits[0].images, np.ndarray)  # noqa: S101 - stl10
-        loose = _read_unlabelled(root / dataset.base / dataset.unlabelled, splits[0].images, scratch)
+        loose = _read_unlabelled(root / dataset.base / dataset.unlabelled, config, scratch)
     total = sum(len(split.labels) for split in splits) + (0 if loose is None else len(loose))
     side = config.image_size or PHOTO_SIZE
     return Decoded(classes, splits[0], splits[1], total, unlabelled=loose, notes=tuple(notes), view_side=side)
 
 
-def _read_unlabelled(path: Path, like: Pixels, scratch: Path) -> Pixels:
+def _read_unlabelled(path: Path, config: DataConfig, scratch: Path) -> Stored:
     """STL-10's unlabelled images (N, 3, S, S), mapped from their file where they keep their size.
 
     torchvision has checked the file with those of the training split. Its images are columns first.
     """
     try:
-        raw = np.memmap(path, np.uint8, "r").reshape(-1, 3, STL10_SIDE, STL10_SIDE).transpose(0, 1, 3, 2)
+        stored = STORED_SIDES["stl10"]
+        raw = np.memmap(path, np.uint8, "r").reshape(-1, 3, stored, stored).transpose(0, 1, 3, 2)
     except (OSError, ValueError) as error:
         raise DataError(f"data.root: {path} is incomplete or damaged ({error})") from error
-    side = like.shape[-1]
-    if side == STL10_SIDE:
+    if not config.has_another_side:
         return raw
-    out = new_array(scratch / "unlabelled.raw.npy", (len(raw), *like.shape[1:]))
+    side = config.image_size if config.resize_first else stored
+    out = new_array(scratch / "unlabelled.raw.npy", (len(raw), 3, side or stored, side or stored))
     for start in range(0, len(raw), 1024):
         out[start : start + 1024] = fit_array(raw[start : start + 1024], side)
-    return out
+    return _kept(out, config)
 
 
-def _read_arrays(found: Any, size: int | None) -> tuple[Pixels, Any]:
+def _read_arrays(found: Any, config: DataConfig) -> tuple[Stored, Any]:
     """Read what torchvision keeps as one array: (N, 3, H, W), (N, H, W, 3) or grey (N, H, W)."""
     data = np.asarray(found.data)
     if data.ndim == 3:
         data = _three_channels(data)
     elif data.shape[1] != 3:
         data = data.transpose(0, 3, 1, 2)
-    return fit_array(data, size), found.labels if hasattr(found, "labels") else found.targets
+    return _kept(data, config), found.labels if hasattr(found, "labels") else found.targets
 
 
 def _read_photos(found: Any, config: DataConfig, target: Path) -> tuple[Stored, Any, list[str]]:

@@ -47,6 +47,13 @@ class PhotoArray:
         """Photos that lie one after the other in `data`."""
         return cls(data, shapes, np.concatenate([[0], np.cumsum(sizes_of(shapes))[:-1]]).astype(np.int64))
 
+    @classmethod
+    def of(cls, images: NDArray[np.uint8]) -> PhotoArray:
+        """Images (N, 3, H, W) of one size, kept whole. Shares their memory where it is contiguous."""
+        count, _, height, width = images.shape
+        shapes = np.tile(np.array([height, width] * 2, dtype=np.int32), (count, 1))
+        return cls.packed(np.ascontiguousarray(images).reshape(-1), shapes)
+
     def chunks(self) -> Iterator[NDArray[np.uint8]]:
         """The bytes of each photo."""
         for offset, size in zip(self.offsets.tolist(), sizes_of(self.shapes).tolist(), strict=True):

@@ -53,7 +53,8 @@ def point_of(path: Path, overrides: Sequence[str], *, seed: int | None = None) -
     Raises:
         SpecError: The file or an override is not valid.
     """
-    of_study = [given for given in overrides if _top(given) in StudySpec.model_fields]
+    # What is set of the data may change the edition that the study would have.
+    of_study = [given for given in overrides if _top(given) in (*StudySpec.model_fields, "data")]
     of_trial = [given for given in overrides if _top(given) not in StudySpec.model_fields]
     # With overrides of the trial, the file's own points are not trained and need not be valid.
     return one_point(load_study(path, of_study, check_points=not of_trial), of_trial, seed=seed)

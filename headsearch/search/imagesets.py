@@ -49,6 +49,8 @@ def image_key(data: DataConfig) -> str:
     A field that came later is left out where it changes nothing, so that older studies keep their names.
     """
     later = {"classes"} if data.classes == "all" else set[str]()
+    if data.resize_first or not data.has_another_side:
+        later.add("resize_first")
     return data.model_copy(update={"normalization": "none"}).model_dump_json(exclude=later)
 
 
