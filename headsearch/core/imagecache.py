@@ -29,7 +29,7 @@ from headsearch.core.splits import Labels, Rows, stratified_order
 from headsearch.core.value_range import doubts
 from headsearch.errors import StorageError
 
-VERSION = 3
+VERSION = 4
 """Counts changes of this code that change pixels, order or layout; part of every key."""
 
 _CHUNK_BYTES = 32 << 20

@@ -34,6 +34,8 @@ SATURATED: Final = 0.5
 BLACK: Final = 0.9
 _SWAPPED: Final = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
 """PIL's other byte order of a raw mode, which unpacks the lower byte of each value."""
+_GREY_ALPHA: Final = "LA;16B"
+"""PIL's raw mode of grey and alpha with 16 bits each, of which it makes RGBA."""
 
 
 @dataclass
@@ -109,20 +111,29 @@ def wide_kind(image: Image.Image) -> Kind | None:
 def wide_values(image: Image.Image, path: Path | None) -> tuple[Values, NDArray[np.uint8] | None]:
     """Values (H, W) or (H, W, 3) of a wide image, and its 8-bit alpha (H, W) where it has one.
 
-    Of 16-bit colour PIL keeps the upper byte only: `path` is opened again for the lower one.
+    PIL keeps only the upper byte of 16-bit colour, and of 16-bit grey with alpha: `path` is opened again for
+    the lower one.
     """
     rawmode = _deep_rawmode(image)
     if rawmode is None or path is None:
         return np.asarray(image).astype(np.float64), None
-    with Image.open(path) as other:
-        tile = other.tile[0]
-        swapped = rawmode[:-1] + _SWAPPED[rawmode[-1]]
-        arguments = (swapped, *tile[3][1:]) if isinstance(tile[3], tuple) else swapped
-        other.tile = [(tile[0], tile[1], tile[2], arguments)]  # type: ignore[list-item]
-        lower = np.asarray(other)
+    if rawmode == _GREY_ALPHA:
+        # The four bytes of a pixel: upper and lower of grey, then of alpha.
+        four = _read_as("RGBA", path)
+        return four[..., 0].astype(np.float64) * 256 + four[..., 1], four[..., 2]
+    lower = _read_as(rawmode[:-1] + _SWAPPED[rawmode[-1]], path)
     upper = np.asarray(image)
     values = upper[..., :3].astype(np.float64) * 256 + lower[..., :3]
     return values, upper[..., 3] if upper.shape[2] == 4 else None
+
+
+def _read_as(rawmode: str, path: Path) -> NDArray[np.uint8]:
+    """Decode a file of one tile with another raw mode of PIL than its own."""
+    with Image.open(path) as image:
+        tile = image.tile[0]
+        arguments = (rawmode, *tile[3][1:]) if isinstance(tile[3], tuple) else rawmode
+        image.tile = [(tile[0], tile[1], tile[2], arguments)]  # type: ignore[list-item]
+        return np.asarray(image)
 
 
 def to_eight_bits(values: Values, of: Range) -> NDArray[np.uint8]:
@@ -158,11 +169,11 @@ def doubts(images: NDArray[np.uint8]) -> list[str]:
 
 
 def _deep_rawmode(image: Image.Image) -> str | None:
-    """PIL's raw mode of a file with 16 bits a colour channel, whose lower byte can be read, too."""
+    """PIL's raw mode of a file with 16 bits a channel whose lower byte it drops, but can be read."""
     tiles = getattr(image, "tile", None)
     if image.mode not in ("RGB", "RGBA") or not tiles or len(tiles) != 1:
         return None
     arguments = tiles[0][3]
     rawmode = arguments if isinstance(arguments, str) else (arguments or ("",))[0]
-    known = [f"{mode};16{order}" for mode in ("RGB", "RGBA") for order in _SWAPPED]
+    known = [f"{mode};16{order}" for mode in ("RGB", "RGBA") for order in _SWAPPED] + [_GREY_ALPHA]
     return rawmode if rawmode in known else None

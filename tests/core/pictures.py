@@ -40,10 +40,10 @@ def load(root: Path, **settings: object) -> ImageSet:
 
 
 def png16(path: Path, values: np.ndarray) -> None:
-    """Write 16-bit values (H, W, C) as a PNG of C channels (1 grey, 3 RGB, 4 RGBA), which PIL cannot."""
+    """Write 16-bit values (H, W, C) as a PNG, which PIL cannot: 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA."""
     height, width, channels = values.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    kind = {1: 0, 3: 2, 4: 6}[channels]
+    kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
 
     def chunk(name: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))

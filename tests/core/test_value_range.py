@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from pictures import load, pixels, png16, two_classes
 from PIL import Image
 
@@ -65,6 +66,28 @@ def test_colour_of_16_bits_keeps_all_of_them(tmp_path: Path, channels: int, bits
     expected = load(two_classes(tmp_path / "plain"))
     found = replaced(two_classes(tmp_path / "data"), write, ".png")
     assert int((found.train.images.int() - expected.train.images.int()).abs().max()) == 0
+
+
+@pytest.mark.parametrize("bits", [8, 12, 16])
+def test_grey_and_alpha_of_16_bits_keep_all_of_them(tmp_path: Path, bits: int) -> None:
+    """PIL reads the upper byte of these, too; a transparent pixel is white."""
+    top = 2**bits - 1
+
+    def write(path: Path, values: np.ndarray) -> None:
+        deep = np.rint(values[..., :1] * (top / 255)).astype(np.uint16)
+        alpha = np.full_like(deep, 65535)
+        alpha[0, :3] = 0
+        png16(path, np.concatenate([deep, alpha], axis=2))
+
+    plain = two_classes(tmp_path / "plain")
+    for file in plain.rglob("*.png"):
+        with Image.open(file) as image:
+            grey = np.asarray(image)[..., 0].copy()
+        grey[0, :3] = 255
+        Image.fromarray(grey).save(file)
+    found = replaced(two_classes(tmp_path / "data"), write, ".png")
+    assert torch.equal(found.train.images, load(plain).train.images)
+    assert f"30 files of integers wider than 8 bits hold 0 to {top}; 0 is read as black" in notes(found)
 
 
 @pytest.mark.parametrize(
