@@ -61,6 +61,11 @@ def check_data(data: DataConfig, batch_size: int, home: Path) -> list[str]:
             f"training.batch_size: {batch_size} is more than the {most} training images of "
             f"{data.name}; it can be at most that"
         )
+    return notes_of(data, images)
+
+
+def notes_of(data: DataConfig, images: ImageSet) -> list[str]:
+    """Lines for people on the images that `data` loads: what was found, used, ignored and left out."""
     notes = list(images.notes)
     if not images.skipped:
         return notes

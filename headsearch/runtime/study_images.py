@@ -8,7 +8,7 @@ from typing import Any
 from headsearch.config import DataConfig
 from headsearch.core.images import ImageSet, load_images
 from headsearch.errors import DataError
-from headsearch.runtime.preflight import told_of
+from headsearch.runtime.preflight import notes_of, told_of
 from headsearch.runtime.session import Session
 from headsearch.search.imagesets import image_key, settle
 from headsearch.search.studies import Study
@@ -17,7 +17,8 @@ from headsearch.search.studies import Study
 class StudyImages:
     """The image sets of one study.
 
-    `place` puts a set on the worker's device; `patiently` calls while the database is away.
+    `place` puts a set on the worker's device; `patiently` calls while the database is away; `say` gets what
+    is worth a note, each line once: of a study made without a check of its data nobody has said it yet.
     """
 
     def __init__(
@@ -26,9 +27,11 @@ class StudyImages:
         study: Study,
         place: Callable[[ImageSet], ImageSet],
         patiently: Callable[[Any], Any],
+        say: Callable[[str], None],
     ) -> None:
         self._session, self._study, self._place = session, study, place
-        self._patiently = patiently
+        self._patiently, self._say = patiently, say
+        self._said: set[str] = set()
         self._loaded: dict[str, ImageSet] = {}
 
     def load(self, data: DataConfig) -> ImageSet:
@@ -39,6 +42,10 @@ class StudyImages:
         key = image_key(data)
         if key not in self._loaded:
             images = load_images(data, home=self._session.home)
+            for line in notes_of(data, images):
+                if line not in self._said:
+                    self._said.add(line)
+                    self._say(line)
             known = self._patiently(
                 lambda: settle(self._session.database, self._study, told_of(data, images))
             )

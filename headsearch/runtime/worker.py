@@ -159,7 +159,7 @@ class _Worker:
         self.ends = Endings(session, study, worker_id, keeper, drain, self.say)
         sharing = gpu_slots() if device.type == "cuda" else 1
         place = partial(placed, device=device, sharing=sharing)
-        self.images = StudyImages(session, study, place, self._patiently)
+        self.images = StudyImages(session, study, place, self._patiently, self.say)
         self.paused: Training | None = None
         self.reported = 0
         """Epochs of the trial at hand."""
