@@ -221,6 +221,8 @@ class Read:
     """A row for each file; those that could not be read are zero."""
     failures: dict[int, str]
     """Files that could not be read, with the reason."""
+    other_size: NDArray[np.bool_]
+    """(N,): true where a photo is no square of the side that was asked for. Without meaning for failures."""
 
 
 def decode_splits(
@@ -313,15 +315,17 @@ def _decoded(
     for target, paths in splits.items():
         out: Stored
         failures: dict[int, str] = {}
+        other_size = np.zeros(len(paths), dtype=np.bool_)
         if photos is None:
             out = new_array(target, (len(paths), 3, size, size))
         else:
             shapes, failures = photos[target].shapes, photos[target].failures
+            other_size = (shapes[:, 2:] != size).any(1)
             out = PhotoArray.packed(new_array(target, (max(1, int(sizes_of(shapes).sum())),)), shapes)
         wide[target] = []
         rest = sorted(set(range(len(paths))) - set(failures))
         each = partial(first, paths=paths, out=out, wide=wide[target])
-        read[target] = Read(out, failures | _each(each, rest, paths))
+        read[target] = Read(out, failures | _each(each, rest, paths), other_size)
     ranges = extents.ranges()
     for target, paths in splits.items():
         again = sorted(set(wide[target]) - set(read[target].failures))

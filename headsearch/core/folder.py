@@ -31,6 +31,8 @@ UNLABELLED = "unlabelled"
 LAYOUT = "train/<class>/** and test/<class>/**, and may hold unlabelled/**"
 MOST_NAMES = 20
 """Missing classes that are named."""
+FEW = 0.1
+"""Share of the images up to which those of another size than all others are named: they may be mistakes."""
 
 _log = logging.getLogger(__name__)
 
@@ -194,6 +196,7 @@ def read_folder(
     read, notes = decode_splits(paths, side, stored_side=stored_side)
     splits: dict[str, Pictures] = {}
     skipped: list[str] = []
+    others: list[str] = []
     for split, (target, places) in zip(files, paths.items(), strict=True):
         images, failures = read[target].images, read[target].failures
         for index, reason in sorted(failures.items()):
@@ -202,9 +205,15 @@ def read_folder(
         labels = np.array([label for _, label in files[split]], dtype=np.int64)
         readable = np.array([index not in failures for index in range(len(places))], dtype=bool)
         kept = np.flatnonzero(readable)
+        others += [files[split][index][0] for index in np.flatnonzero(readable & read[target].other_size)]
         whole = images[kept] if isinstance(images, PhotoArray) else compacted(images, kept)
         splits[split] = Pictures(whole, labels[readable])
     check_skipped(skipped, len(listing), max_unreadable)
+    if 0 < len(others) <= FEW * (len(listing) - len(skipped)):
+        notes.append(
+            f"{len(others):,} of {len(listing) - len(skipped):,} images are not {side} x {side} pixels: "
+            f"{some(others)}; because of them all are cropped as photos are, which takes longer"
+        )
     for split in SPLITS[not listing.train :]:
         present = np.bincount(splits[split].labels, minlength=len(listing.classes))
         if not present.all():

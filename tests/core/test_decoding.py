@@ -14,7 +14,7 @@ from PIL import Image
 
 from headsearch.core import decoding
 from headsearch.core.decoding import decode_splits
-from headsearch.core.photos import PhotoArray
+from headsearch.core.photos import PhotoArray, Photos
 
 
 @pytest.fixture
@@ -106,3 +106,32 @@ def test_any_number_of_threads_decodes_the_same(tmp_path: Path, monkeypatch: pyt
         found.add(load(root).fingerprint)
         (root / "train" / "cat" / "0.png").touch()  # decoded again
     assert len(found) == 1
+
+
+def square_folder(root: Path, odd: int) -> Path:
+    """30 noise images of 8 x 8 pixels, of which `odd` are made larger."""
+    two_classes(root)
+    for index in range(odd):
+        Image.fromarray(pixels(index, 9)).save(root / "train" / "cat" / f"{index}.png")
+    return root
+
+
+def test_few_images_that_make_photos_of_all_are_counted_and_named(tmp_path: Path) -> None:
+    root = square_folder(tmp_path / "data", 3)
+    (root / "train" / "cat" / "2.png").write_bytes(b"damaged")
+    images = load(root, image_size=8, max_unreadable_fraction=0.1)
+    assert isinstance(images.train.images, Photos)
+    line = (
+        "2 of 29 images are not 8 x 8 pixels: train/cat/0.png, train/cat/1.png; because of them all are cropped as "
+        "photos are, which takes longer"
+    )
+    assert line in images.notes
+    assert line in load(root, image_size=8, max_unreadable_fraction=0.1).notes  # out of the cache
+
+
+@pytest.mark.parametrize(("odd", "size"), [(0, 8), (4, 8), (0, 12)])
+def test_squares_and_photos_are_not_remarked_upon(tmp_path: Path, odd: int, size: int) -> None:
+    """Where many have another size, photos are what is meant."""
+    images = load(square_folder(tmp_path / "data", odd), image_size=size)
+    assert isinstance(images.train.images, Photos) == (odd > 0 or size != 8)
+    assert not any("because of them" in line for line in images.notes)
