@@ -26,7 +26,7 @@ import numpy as np
 from headsearch.core.decoding import Decoded, Pictures, Pixels, Stored, new_array
 from headsearch.core.photos import PhotoArray, sizes_of
 from headsearch.core.splits import Labels, Rows, stratified_order
-from headsearch.core.value_range import doubts
+from headsearch.core.value_range import LOOKED_AT, doubts
 from headsearch.errors import StorageError
 
 VERSION = 4
@@ -163,7 +163,7 @@ def _write(part: Path, read: Callable[[Path], Decoded]) -> None:
                 place += len(chunk)
                 (unlabelled if number else content).rows(chunk)
         if split == "train":
-            notes += doubts(out[: len(labels)] if out.ndim > 1 else out[:_CHUNK_BYTES].reshape(-1, 1))
+            notes += doubts(out[: len(labels)] if out.ndim > 1 else _rows_of_bytes(out))
     shutil.rmtree(scratch)
     facts = {
         "content": content.hex() + (unlabelled.hex() if loose is not None else ""),
@@ -178,6 +178,12 @@ def _write(part: Path, read: Callable[[Path], Decoded]) -> None:
     for file in part.iterdir():
         _sync(file)
     _sync(part)
+
+
+def _rows_of_bytes(data: Pixels) -> Pixels:
+    """The first bytes of photos, in as many rows as `doubts` looks at; a row of them stands for an image."""
+    length = max(1, min(len(data), _CHUNK_BYTES) // LOOKED_AT)
+    return data[: len(data) // length * length].reshape(-1, length)
 
 
 def _rows(images: Stored, order: Rows) -> Stored:

@@ -196,3 +196,16 @@ def test_8_bit_files_that_hold_few_values_are_doubted(tmp_path: Path) -> None:
     found = replaced(root, lambda path, values: Image.fromarray(values // 32).save(path), ".png")
     assert "pixels use 8 of 256 levels; is that how these images should look?" in notes(found)
     assert notes(load(root)) == notes(found), "said again of what is in the cache"
+
+
+@pytest.mark.parametrize("dark", ["rows", "whole images"])
+def test_photos_are_doubted_for_all_of_their_pixels_not_for_the_first_rows(tmp_path: Path, dark: str) -> None:
+    """A black sky over the first photo says nothing of the others."""
+    root = two_classes(tmp_path / "data")
+    for file in root.rglob("*.png"):
+        values = pixels(1, 64)
+        values[: 32 if dark == "rows" else 64] = 0
+        Image.fromarray(values).save(file)
+    said = notes(load(root, image_size=16))
+    assert ("pixels are black (0)" in said) == (dark == "whole images")
+    assert ("pixels use 1 of 256 levels" in said) == (dark == "whole images")
