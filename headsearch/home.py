@@ -34,13 +34,16 @@ def home_folder() -> Path:
     PostgreSQL runs as another user. Raises StorageError when it cannot be made or written.
     """
     named = os.environ.get("HEADSEARCH_HOME", "")
-    if named:
-        home = Path(named).expanduser()
-    elif _is_root():
-        home = _SYSTEM_HOME
-    else:
-        home = Path(platformdirs.user_data_dir("headsearch", appauthor=False))
-    home = make_folder(home.resolve())
+    try:
+        if named:
+            home = Path(named).expanduser()
+        elif _is_root():
+            home = _SYSTEM_HOME
+        else:
+            home = Path(platformdirs.user_data_dir("headsearch", appauthor=False))
+        home = make_folder(home.resolve())
+    except RuntimeError as error:  # a user without an entry, and without HOME
+        raise StorageError("this user has no home folder: set HEADSEARCH_HOME to a folder") from error
     if not os.access(home, os.W_OK | os.X_OK):
         raise StorageError(f"cannot write to {home}: set HEADSEARCH_HOME to a folder of your own")
     return home

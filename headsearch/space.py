@@ -64,8 +64,11 @@ class Choices(Parameter):
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:
-        if len({(type(value), value) for value in self.choices}) != len(self.choices):
-            raise ValueError("choices: each value once")
+        for place, value in enumerate(self.choices):
+            if (
+                value in self.choices[:place]
+            ):  # 2 and 2.0, true and 1 are equal, and would be one configuration
+                raise ValueError(f"choices: each value once, {value!r} equals another")
         return self
 
     @property

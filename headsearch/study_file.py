@@ -42,10 +42,25 @@ def parse_study(tree: dict[str, Any], *, source: str, check_points: bool = True)
     What depends on the edition is of today's, unless the data say another. The spec says the first edition
     that means the same, so that it equals that of a study which was made before the last one.
     """
+    if path := _nul_in(tree):
+        raise SpecError(f"{source}: {path}: has a NUL character")
     try:
         return StudySpec.model_validate(_with_edition(tree), context={"check_points": check_points})
     except ValidationError as error:
         raise SpecError(f"{source}: {explain(error, StudySpec)}") from None
+
+
+def _nul_in(value: object, path: str = "") -> str | None:
+    """Path of the first text with a NUL, which neither PostgreSQL nor a file system takes."""
+    if isinstance(value, str):
+        return path if "\0" in value else None
+    items: Iterable[tuple[object, object]] = ()
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    found = (_nul_in(inner, f"{path}.{key}" if path else str(key)) for key, inner in items)
+    return next((one for one in found if one), None)
 
 
 def _with_edition(tree: dict[str, Any]) -> dict[str, Any]:
@@ -122,7 +137,7 @@ def _first(parameter: spaces.Choices | spaces.Range) -> Any:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # editors of Windows begin it with a byte order mark
     except FileNotFoundError:
         raise SpecError(f"{path}: no such study file") from None
     except IsADirectoryError:
@@ -131,6 +146,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise SpecError(f"{path}: not a TOML file (not UTF-8 text)") from None
     except OSError as error:
         raise SpecError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise SpecError("the study file's path has a NUL character") from None
     try:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -18,6 +19,13 @@ from headsearch.openmp import spin_briefly
 
 USAGE = 2
 INTERRUPTED = 130
+LONGEST_NAME = 120
+"""Of a path in a message, in characters."""
+OF_A_PATH = {
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG,
+    errno.EINVAL,
+}  # fmt: skip
+"""Errors of the path that was given; others are the machine's."""
 
 app = typer.Typer(
     name="headsearch",
@@ -55,10 +63,31 @@ def _options(
 def main() -> None:
     """Run the command line and exit."""
     spin_briefly()
+    open_streams()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     # The commands that load data name the files left out; once in the log is enough, in one line.
     logging.getLogger("headsearch.core.folder").setLevel(logging.ERROR)
     sys.exit(run(sys.argv[1:]))
+
+
+def open_streams() -> None:
+    """Put the null device in the place of standard streams that are closed, as daemons and cron leave them.
+
+    Else the next file that is opened takes the number, and what is printed goes into it. What a stream's
+    encoding lacks is printed as a question mark.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:
+            place = os.open(os.devnull, os.O_RDONLY if number == 0 else os.O_WRONLY)
+            if place != number:
+                os.dup2(place, number)
+                os.close(place)
+            stream = os.fdopen(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False)
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
+        elif number and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -87,6 +116,15 @@ def _invoke(arguments: Sequence[str]) -> int:
         return error.code if isinstance(error.code, int) else 1
     except BrokenPipeError:
         raise
+    except OSError as error:
+        if error.strerror is None:
+            return _fail(f"unexpected {type(error).__name__}: {error}", 1)
+        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        where = " -> ".join(
+            name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..." for name in names
+        )
+        code = USAGE if error.errno in OF_A_PATH else 1
+        return _fail(f"{where}: {error.strerror}" if where else error.strerror, code)
     except Exception as error:  # noqa: BLE001  the last line of defence
         if hasattr(error, "format_message"):  # of the parser, whose classes are no public part of typer
             return _misused(error)

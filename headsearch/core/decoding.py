@@ -35,6 +35,7 @@ from headsearch.core.value_range import (
     wide_kind,
     wide_values,
 )
+from headsearch.cores import usable_cores
 from headsearch.errors import StorageError
 
 Pixels = NDArray[np.uint8]
@@ -378,7 +379,7 @@ def _threads(paths: Sequence[Path]) -> int:
         with contextlib.suppress(OSError):
             sizes.append(path.stat().st_size)
     wanted = 1 + sum(sizes) // max(1, len(sizes)) // _BYTES_PER_THREAD
-    return min(wanted, len(os.sched_getaffinity(0)))
+    return min(wanted, usable_cores())
 
 
 def _reason(error: Exception, path: Path) -> str:

@@ -12,6 +12,7 @@ import torch
 from headsearch.config import TrainingConfig
 from headsearch.core.features import Precision, resolve_precision
 from headsearch.core.processor import cpu_model, cpu_multiplies_bf16
+from headsearch.cores import usable_cores
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,8 @@ def hardware() -> Hardware:
 
 
 def set_threads(threads: int | None) -> None:
-    """Let torch use this many CPU threads; None leaves it as it is."""
-    if threads is not None:
-        torch.set_num_threads(threads)
+    """Let torch use this many CPU threads; None takes no more than this process may use."""
+    torch.set_num_threads(threads or min(torch.get_num_threads(), usable_cores()))
 
 
 def software(device: torch.device | None = None) -> dict[str, str | int]:

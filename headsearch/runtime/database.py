@@ -187,6 +187,9 @@ def embedded_server(home: Path | None = None) -> EmbeddedServer:
         raise ServerError(f"there is no embedded PostgreSQL on Windows: set {URL_VARIABLE} to {_VALID}")
     from headsearch.runtime.postgres import EmbeddedServer  # needs a POSIX system
 
+    # libpq's variables are of other servers, and would change every connection to this one.
+    for variable in [name for name in os.environ if name.startswith("PG") and name.isupper()]:
+        del os.environ[variable]
     return EmbeddedServer(postgres_folder(home or home_folder()))
 
 

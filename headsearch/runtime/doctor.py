@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from headsearch import __version__
+from headsearch.cores import usable_cores
 from headsearch.errors import HeadsearchError
 from headsearch.home import home_folder
 from headsearch.runtime.database import check, given_address
@@ -27,7 +28,7 @@ from headsearch.runtime.gpulocks import (
     locks_folder,
 )
 from headsearch.runtime.gpus import VISIBLE, listing, visible_here
-from headsearch.runtime.launcher import cores, default_workers
+from headsearch.runtime.launcher import default_workers
 from headsearch.runtime.placement import INSTALL
 
 GIB = 1 << 30
@@ -90,10 +91,12 @@ def _devices() -> Iterator[Finding]:
             faster = "bf16 may be faster: headsearch bench --precision bf16"
             auto += f" ({faster if device.native_bf16 else 'no native bf16'})"
         yield Finding(device.name, "ok", f"{device.model}{memory}; precision auto = {auto}")
+    cores = usable_cores()
     yield Finding(
         "threads",
         "ok",
-        f"{found.threads} torch threads, {cores()} cores; headsearch run starts {default_workers()} workers",
+        f"{min(found.threads, cores)} torch threads, {cores} cores; "
+        f"headsearch run starts {default_workers()} workers",
     )
     if len(found.devices) > 1:
         return

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from headsearch.cores import usable_cores
 from headsearch.home import logs_folder, make_folder
 from headsearch.runtime.placement import gpu_places
 
@@ -33,11 +34,6 @@ class ExitedWorker:
     restarted: bool
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def default_workers(device: str = "auto") -> int:
     """One per GPU and slot; without any, one per two cores but at least two where there are two cores.
 
@@ -45,7 +41,7 @@ def default_workers(device: str = "auto") -> int:
 
     Raises InputError and WorldError as `placement.candidates`.
     """
-    return gpu_places(device) or max(min(2, cores()), cores() // 2)
+    return gpu_places(device) or max(min(2, usable_cores()), usable_cores() // 2)
 
 
 class LocalWorkers:
@@ -59,7 +55,7 @@ class LocalWorkers:
         self, study: str, workers: int, *, device: str = "auto", threads: int | None = None, home: Path
     ) -> None:
         self._study, self._count, self._device = study, workers, device
-        self._threads = threads or max(1, cores() // workers)
+        self._threads = threads or max(1, usable_cores() // workers)
         self._logs = make_folder(logs_folder(home) / study)
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._started_at: dict[int, float] = {}

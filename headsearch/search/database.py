@@ -223,7 +223,11 @@ class Database:
 
     @functools.cached_property
     def storage(self) -> BaseStorage:
-        """Optuna's storage with its cache of finished trials; the tables must be there (`migrate`)."""
+        """Optuna's storage with its cache of finished trials; the tables must be there (`migrate`).
+
+        Raises:
+            DatabaseError: Optuna's tables are of a version that the Optuna here does not know.
+        """
         with quietly(), translated():
             plain = RDBStorage(
                 self.url,
@@ -232,6 +236,13 @@ class Database:
                 skip_table_creation=True,
             )
             self._plain = plain
+            there, known = plain.get_current_version(), plain.get_head_version()
+            if there != known:
+                raise DatabaseError(
+                    f"Optuna's tables are of version {there}, Optuna {optuna.__version__} here knows "
+                    f"{known}: install the Optuna that made them, or run optuna storage upgrade",
+                    transient=False,
+                )
             return get_storage(plain)
 
     def optuna_study(self, name: str) -> optuna.Study:

@@ -17,9 +17,10 @@ from fake_nvidia import NO_DEVICES, NO_DRIVER, FakeGpu, FakeNvidia, gpus
 from gpu_holder import Nursery
 
 from headsearch.core import device as devices
+from headsearch.cores import usable_cores
 from headsearch.errors import InputError, WorldError
 from headsearch.runtime import placement
-from headsearch.runtime.launcher import cores, default_workers
+from headsearch.runtime.launcher import default_workers
 from headsearch.runtime.placement import Place, check_device, find_place, gpu_places, settled
 from headsearch.runtime.signals import Drain
 
@@ -338,7 +339,7 @@ def test_torch_that_cannot_use_the_gpu(fake, place, monkeypatch):
 
 def test_workers_of_a_launch(fake, monkeypatch):
     monkeypatch.setattr(devices, "cuda_problem", lambda: None)
-    on_cpu = max(min(2, cores()), cores() // 2)
+    on_cpu = max(min(2, usable_cores()), usable_cores() // 2)
     assert default_workers("auto") == default_workers("cpu") == on_cpu
     fake.show([*gpus(3), FakeGpu(3, mig=("3g.20gb", "3g.20gb"))])
     monkeypatch.setenv("HEADSEARCH_GPU_SLOTS", "2")

@@ -9,9 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from headsearch.cores import usable_cores
 from headsearch.errors import StorageError
 from headsearch.home import home_folder, logs_folder, make_folder
-from headsearch.runtime.launcher import cores, default_workers
+from headsearch.runtime.launcher import default_workers
 from headsearch.runtime.launching.engines import Plan, Wanted
 from headsearch.runtime.launching.nodes import database_line
 from headsearch.runtime.session import Session
@@ -26,7 +27,7 @@ def plan(spec: StudySpec, wanted: Wanted, *, dry_run: bool) -> Plan:  # noqa: AR
     """Plan one supervised process a worker, which outlives this command and the terminal."""
     device = wanted.device or "auto"
     count = wanted.workers or default_workers(device)
-    threads = wanted.threads or max(1, cores() // count)
+    threads = wanted.threads or max(1, usable_cores() // count)
     words = ["worker", "--study", spec.name, "--device", device, "--threads", str(threads)]
     home = home_folder()
     logs = home / "logs" / spec.name
