@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from urllib.parse import unquote
+
+from pydantic import Field, field_validator
 
 from headsearch.config import Config
 
@@ -28,6 +30,17 @@ class WorkerSpec(Config):
     checkpoint_store: str | None = Field(default=None, pattern=r"^(s3://[^/]|file:///.).*")
     """Where checkpoints are kept when workers share no disk: ``s3://bucket/prefix`` of any S3-compatible
     server, or ``file:///folder``. None: in each machine's home folder."""
+
+    @field_validator("checkpoint_store")
+    @classmethod
+    def _names_a_place(cls, value: str | None) -> str | None:
+        """A query or a fragment would be left out without a word."""
+        if value and (set("?#") & set(value) or "\0" in unquote(value)):
+            raise ValueError(
+                f"worker.checkpoint_store: {value!r} has ?, # or a NUL; write s3://bucket/prefix or file:///folder"
+            )
+        return value
+
     drain_seconds: float = Field(default=60.0, ge=0.0, le=86_400.0)
     """After the first SIGTERM or Ctrl-C, how long an epoch may take to end; then the worker stops at its
     next step. Either way it saves a checkpoint and gives the trial back."""

@@ -6,9 +6,11 @@ import json
 import tomllib
 
 import pytest
+from pydantic import ValidationError
 
 from headsearch.config import AutoencoderHead, LinearHead, MlpHead, TrialConfig
 from headsearch.errors import SpecError
+from headsearch.resilience import WorkerSpec
 from headsearch.spec import StudySpec, differences
 from headsearch.study_file import load_study, one_point, parse_study
 
@@ -216,3 +218,12 @@ def test_the_schema_documents_every_field():
         for definition in (schema, *schema["$defs"].values()):
             for name, field in definition.get("properties", {}).items():
                 assert field.get("description"), f"{definition.get('title')}.{name}"
+
+
+@pytest.mark.parametrize(
+    "store", ["file:///x?y", "file:///x#y", "file:///a%00b", "s3://bucket/x?versionId=1"]
+)
+def test_a_store_without_a_plain_place_is_refused(store):
+    with pytest.raises(ValidationError, match=r"worker\.checkpoint_store: .* has \?, # or a NUL"):
+        WorkerSpec(checkpoint_store=store)
+    assert WorkerSpec(checkpoint_store="file:///a%20b").checkpoint_store == "file:///a%20b"
