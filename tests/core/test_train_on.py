@@ -139,6 +139,8 @@ def test_photos_too(tmp_path: Path, limit: int | None) -> None:
     assert torch.equal(squares(both.train.images), squares(held_out.train.images))
     assert torch.equal(squares(both.validation.images), squares(held_out.validation.images))
     assert both.unlabelled == 3
+    whole = load(root, image_size=16).pretraining.images  # a range of the file: no rows are put together
+    assert torch.equal(squares(both.pretraining.images)[-3:], squares(whole)[-3:])
 
 
 def test_statistics_are_of_all_that_is_trained_on() -> None:
