@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import Field, ValidationError, ValidationInfo, model_validator
 
 from headsearch import space as spaces
-from headsearch.config import Config, Protocol, TrialConfig, flatten, set_path
+from headsearch.config import Config, Protocol, TrainOn, TrialConfig, flatten, set_path
 from headsearch.fields import explain, fields_at
 from headsearch.recipes import edition_of_stored
 from headsearch.resilience import Lease, WorkerSpec
@@ -165,10 +165,17 @@ class StudySpec(Config):
                 f"protocol: {self.protocol!r} selects on images of the test split, which must not steer: use "
                 "mode 'grid' or 'points', without budget.rungs"
             )
+        if self.trains_on_validation and (self.mode == "search" or self.rungs):
+            raise ValueError(
+                f"data.train_on: {self.train_on!r} trains on the validation images, whose accuracy must then "
+                "not steer: use mode 'grid' or 'points', without budget.rungs"
+            )
         if self.mode != "points" and not self.space:
             raise ValueError(f"space: mode {self.mode!r} needs at least one parameter")
 
     def _check_paths(self) -> None:
+        if any("data.train_on" in point for point in self.points):
+            raise ValueError("data.train_on: trials of a study must be measured alike; set it under base")
         for path in self.space:
             fields_at(TrialConfig, path, under="space")
             fixed = path.startswith("probe.") or (
@@ -225,6 +232,17 @@ class StudySpec(Config):
     def rungs(self) -> tuple[int, ...]:
         """Epochs at which trials are judged; empty where the rule is `none`."""
         return () if self.pruning.rule == "none" else self.budget.rungs
+
+    @property
+    def train_on(self) -> TrainOn:
+        """Images that all trials are trained on: `data.train_on`."""
+        given: TrainOn = flatten(self.base).get("data.train_on", "training")
+        return given
+
+    @property
+    def trains_on_validation(self) -> bool:
+        """Whether accuracy on validation images is of images that were trained on."""
+        return self.train_on == "training+validation"
 
     @property
     def directions(self) -> tuple[Literal["maximize", "minimize"], ...]:

@@ -227,3 +227,57 @@ def test_a_store_without_a_plain_place_is_refused(store):
     with pytest.raises(ValidationError, match=r"worker\.checkpoint_store: .* has \?, # or a NUL"):
         WorkerSpec(checkpoint_store=store)
     assert WorkerSpec(checkpoint_store="file:///a%20b").checkpoint_store == "file:///a%20b"
+
+
+POINTS = """
+name = "listed"
+mode = "points"
+[budget]
+epochs = 9
+[base]
+data.train_on = "training+validation"
+[[points]]
+head.projection_dim = 4
+"""
+
+
+def refusal(text: str) -> str:
+    with pytest.raises(SpecError) as caught:
+        spec_of(text)
+    said = str(caught.value)
+    assert "\n" not in said
+    return said
+
+
+def test_what_trains_on_validation_images_is_a_grid_or_a_list_without_rungs():
+    spec = spec_of(POINTS)
+    assert (spec.train_on, spec.trains_on_validation) == ("training+validation", True)
+    assert spec.trial_config({"head.projection_dim": 4}, 0).data.trains_on_validation
+    assert not spec_of().trains_on_validation
+    grid = POINTS.replace('"points"', '"grid"').split("[[points]]")[0]
+    assert spec_of(f"{grid}[space]\nhead.projection_dim = [2, 4]").trials == 2
+    search = grid.replace('"grid"', '"search"').replace("epochs = 9", "epochs = 9\ntrials = 2")
+    for text in (
+        f"{search}[space]\nhead.projection_dim = [2, 4]",
+        POINTS.replace("epochs = 9", "epochs = 9\nrungs = [3]"),
+    ):
+        assert "data.train_on: 'training+validation' trains on the validation images" in refusal(text)
+        assert "mode 'grid' or 'points', without budget.rungs" in refusal(text)
+
+
+def test_train_on_is_the_same_for_all_trials_and_needs_no_held_out_images():
+    plain = POINTS.replace('data.train_on = "training+validation"', "data.limit = 100")
+    listed = f'{plain}data.train_on = "training+validation"\n'
+    assert "data.train_on: trials of a study must be measured alike" in refusal(listed)
+    space = TEXT.replace("data.normalization =", 'data.train_on = ["training"]\ndata.normalization =')
+    assert "space.data.train_on: trials of a study must be measured alike" in refusal(space)
+    assert "data.train_on: 'all' is not one of" in refusal(POINTS.replace("training+validation", "all"))
+    best = POINTS.replace("[[points]]", 'training.keep = "best_validation_loss"\n[[points]]')
+    assert "set training.keep = 'last', or data.train_on = 'training'" in refusal(best)
+    papers = POINTS.replace('mode = "points"', 'mode = "points"\nprotocol = "schliebitz2024"')
+    assert "protocol 'schliebitz2024' has validation images held out" in refusal(papers)
+
+
+def test_a_study_without_train_on_has_the_hash_that_it_had():
+    """Stored specs are compared by hash: a field with a default must not reach those that do not give it."""
+    assert "train_on" not in json.dumps(spec_of().to_json())

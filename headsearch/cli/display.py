@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from headsearch.report import protocols
 from headsearch.report.fronts import best_point
 from headsearch.report.progress import counts_line, events, seconds_left
 from headsearch.report.summary import best_text
@@ -130,11 +131,12 @@ def render(
     spec = now.study.spec
     top = best(now) if len(spec.seeds) == 1 else None
     if len(spec.seeds) > 1 and (point := best_point(now)) is not None:
-        shown = f"{best_text(point)}, {params_text(point.params, varying(spec))}"
+        shown = f"{best_text(point, spec)}, {params_text(point.params, varying(spec))}"
         facts.add_row("best", Text(shown))
     if top is not None:
+        seen = protocols.validation(spec.train_on)
         state = "" if top.state == "complete" else f", {top.state}"
-        text = f"trial {top.number}{state}: accuracy {top.probe_accuracy or 0.0:.4f} (validation), "
+        text = f"trial {top.number}{state}: accuracy {top.probe_accuracy or 0.0:.4f} ({seen}), "
         facts.add_row("best", Text(text + params_text(in_order(spec, top.params), varying(spec))))
     parts: list[RenderableType] = [facts]
     if now.trials:

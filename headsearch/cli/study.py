@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,6 +24,10 @@ from headsearch.cli.options import (
     emit_lines,
     note,
 )
+
+if TYPE_CHECKING:
+    from headsearch.search.database import Database
+    from headsearch.search.snapshot import Snapshot
 
 KEPT = 1
 BROKEN = 1
@@ -70,7 +75,8 @@ def list_studies(as_json: Json = False) -> None:
     if as_json:
         emit([listing_json(*one) for one in found])
     elif found:
-        emit_lines(listing(found).lines())
+        seen = any(study.spec.trains_on_validation for study, _ in found)
+        emit_lines(listing(found).lines() + ["(seen): of validation images that were trained on"] * seen)
     else:
         emit_lines(["no study yet: headsearch run quickstart"])
 
@@ -143,7 +149,7 @@ def compare(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
     across: Annotated[
         list[str] | None,
-        typer.Option(metavar="WHAT", help="Rank studies that differ in epochs, probe or software."),
+        typer.Option(metavar="WHAT", help="Rank studies that differ in epochs, probe, software or train_on."),
     ] = None,
 ) -> None:
     """Rank all points of one or several studies, each the mean of its seeds.
@@ -188,16 +194,21 @@ def compare(
 def confirm(
     name: Name,
     seeds: Annotated[int, typer.Option(min=1, help="Fresh seeds for each point of the front.")] = 5,
+    all_images: Annotated[
+        bool, typer.Option("--all-images", help="Train on training and validation images together.")
+    ] = False,
     workers: Workers = None,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
     """Train a study's front again with fresh seeds, before you believe it.
 
-    Makes the study NAME-confirm-SEEDS and works on it here; interrupted, the same command goes on.
+    Makes the study NAME-confirm-SEEDS and works on it here; interrupted, the same command goes on. With
+    --all-images, NAME-confirm-SEEDS-all-images: trained on training and validation images, as papers do that
+    hold none out; its test accuracy is the one to hold beside theirs, its validation accuracy says little.
     """
     from headsearch.cli.display import open_display
-    from headsearch.report.confirmation import confirmation
+    from headsearch.report.confirmation import beside, confirmation
     from headsearch.report.summary import confirmed_lines, header
     from headsearch.runtime.bundled import study_name
     from headsearch.runtime.running import Crew, run_study
@@ -208,16 +219,34 @@ def confirm(
 
     wanted = study_name(name)
     with open_session() as session:
-        made, _ = studies.create(session.database, confirmation(read(session.database, wanted), seeds))
+        search = read(session.database, wanted)
+        made, _ = studies.create(session.database, confirmation(search, seeds, all_images=all_images))
         with open_display(
             header(made, session.address.redacted, images_of(session.database, made)), quiet=False
         ) as display:
             result = run_study(session, made, Crew(workers, device, threads), display)
-        emit_lines(confirmed_lines(result.snapshot))
+        compared = beside(search, _confirming(session.database, search, seeds))
+        emit_lines([*confirmed_lines(result.snapshot), "", *compared])
     if result.interrupted:
         raise typer.Exit(INTERRUPTED)
     if result.snapshot.counts["failed"]:
         raise typer.Exit(FAILED)
+
+
+def _confirming(database: Database, search: Snapshot, seeds: int) -> list[Snapshot]:
+    """The studies that `confirm` made of the front of `search` with so many seeds."""
+    from headsearch.errors import InputError
+    from headsearch.report.confirmation import confirmation
+    from headsearch.search.snapshot import read
+
+    found = []
+    for all_images in (False, True):
+        with contextlib.suppress(InputError):  # there is none, or there can be none
+            wanted = confirmation(search, seeds, all_images=all_images)
+            snapshot = read(database, wanted.name)
+            if snapshot.study.spec.hash == wanted.hash:
+                found.append(snapshot)
+    return found
 
 
 @app.command()

@@ -125,13 +125,14 @@ def train(
     Parameters that are not set take their first value; training.epochs=0 measures the untrained encoder.
     """
     from headsearch.home import home_folder
-    from headsearch.report.protocols import SPLITS
+    from headsearch.report.protocols import SEEN_WITH, splits, validation
     from headsearch.report.tables import duration
     from headsearch.runtime.bundled import study_file
     from headsearch.runtime.single import point_of
     from headsearch.runtime.single import train as train_point
 
     config = point_of(study_file(study), overrides or [], seed=seed)
+    selection = validation(config.data.train_on)
     training = train_point(config, home=home_folder(), device=device, threads=threads, say=note)
     while True:
         try:
@@ -141,10 +142,10 @@ def train(
             break
         if not as_json:
             typer.echo(
-                f"epoch {report.epoch}/{config.training.epochs}: loss {report.loss:.4f}, validation accuracy "
-                f"{report.probe_accuracy:.4f}, ranks {report.feature_rank:.1f} of features and "
-                f"{report.projection_rank:.1f} of projections, {report.views_per_second:,.0f} views/s, "
-                f"{duration(report.train_seconds)}"
+                f"epoch {report.epoch}/{config.training.epochs}: loss {report.loss:.4f}, "
+                f"{selection} accuracy {report.probe_accuracy:.4f}, ranks {report.feature_rank:.1f} of "
+                f"features and {report.projection_rank:.1f} of projections, "
+                f"{report.views_per_second:,.0f} views/s, {duration(report.train_seconds)}"
             )
     if as_json:
         emit(point.to_json())
@@ -154,12 +155,14 @@ def train(
         f"head {config.head.kind}: projection dim {trained.projection_dim}, {trained.head_parameters:,} "
         f"parameters ({trained.trainable_head_parameters:,} trained); {trained.precision} on {point.device}"
     )
-    splits = SPLITS[config.protocol]
+    first, final = splits(config.protocol, config.data.train_on).values()
     typer.echo(
         f"linear probe, protocol {config.protocol}: accuracy {measured.probe_accuracy:.4f} on "
-        f"{splits['selection']} ({measured.validation_images:,} images), {measured.test_accuracy:.4f} on "
-        f"{splits['final']} ({measured.test_images:,} images)"
+        f"{first} ({measured.validation_images:,} images), {measured.test_accuracy:.4f} on "
+        f"{final} ({measured.test_images:,} images)"
     )
+    if config.data.trains_on_validation:
+        typer.echo(SEEN_WITH[config.protocol])
     for name, number in measured.details.items():
         if isinstance(number, float):
             typer.echo(f"{name.replace('_', ' ')} {number:.4g}")

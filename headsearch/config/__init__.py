@@ -20,7 +20,7 @@ from headsearch.config.heads import (
     ReweightHead,
     SparseHead,
 )
-from headsearch.config.images import DataConfig, DatasetName, Normalization, ViewsConfig
+from headsearch.config.images import DataConfig, DatasetName, Normalization, TrainOn, ViewsConfig
 from headsearch.config.part import Config, Dim, Fraction, flatten, set_path
 from headsearch.config.probes import AutoencoderConfig, ProbeConfig, Protocol
 from headsearch.config.training import (
@@ -67,6 +67,7 @@ __all__ = [
     "ReweightHead",
     "SchemeConfig",
     "SparseHead",
+    "TrainOn",
     "TrainingConfig",
     "TrialConfig",
     "ViewsConfig",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from headsearch.config.part import Config, Fraction
 from headsearch.recipes import has_another_side
@@ -12,6 +12,7 @@ from headsearch.recipes import has_another_side
 DatasetName = Literal[
     "digits", "cifar10", "cifar100", "stl10", "fashion-mnist", "imagenette", "fgvc-aircraft", "folder"
 ]
+TrainOn = Literal["training", "training+validation"]
 Normalization = Literal["none", "zscore", "zscore-schliebitz2024", "imagenet", "solo-learn"]
 
 
@@ -53,6 +54,14 @@ class DataConfig(Config):
     validation_fraction: float = Field(default=0.1, gt=0.0, lt=1.0)
     """Share of the training data that is held out, stratified by class, to steer the search. Fixed by
     the data set, not by a trial's seed."""
+    train_on: TrainOn = "training"
+    """Images that encoder and final probe are trained on. `training+validation` adds the held-out images, as
+    papers do that train on the whole training data: the training split, after `limit`, and the validation
+    split together. Accuracy on validation images is then no estimate of accuracy on new ones, so that nothing
+    may be chosen by it: only for mode 'grid' or 'points', without budget.rungs. The L2 penalty of protocol
+    `holdout` is still chosen by a probe that was fitted on the training split alone; the probe is then fitted
+    again, with that penalty, on both splits, and the test split is scored once. `headsearch study confirm
+    --all-images` makes such a study of a front."""
     normalization: Normalization = "none"
     """`none` keeps pixels in [0, 1]; `zscore` subtracts each channel's mean and divides by its standard
     deviation, both taken from the training images; `zscore-schliebitz2024` takes means over images of each
@@ -60,6 +69,23 @@ class DataConfig(Config):
     constants (lightly); `solo-learn` has that library's constants for CIFAR and STL-10, else ImageNet's."""
     max_unreadable_fraction: Fraction = 0.01
     """A folder with a larger share of unreadable images is refused; fewer are left out and named."""
+
+    @property
+    def trains_on_validation(self) -> bool:
+        """Whether validation images are trained on, too."""
+        return self.train_on == "training+validation"
+
+    @model_serializer(mode="wrap")
+    def _as_before_train_on(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `train_on` out where it is the default.
+
+        Checkpoints and the images of a study are found by a hash of the configuration: those of before this
+        field was there must be found still.
+        """
+        tree: dict[str, Any] = handler(self)
+        if self.train_on == "training":
+            tree.pop("train_on", None)
+        return tree
 
     @model_validator(mode="after")
     def _folder_has_root(self) -> Self:

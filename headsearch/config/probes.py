@@ -70,4 +70,5 @@ class ProbeConfig(Config):
     """Divides cosine similarities, whose exponentials are the neighbours' votes; lightly's is 0.1."""
     knn_train: Literal["report", "all"] = "report"
     """Whose neighbours: of the report's training images, or of the whole training split, as lightly's. `all`
-    encodes that split after every epoch, and also scores kNN on all validation and test images at the end."""
+    encodes that split after every epoch, and also scores kNN on all validation and test images at the end; on
+    the latter, validation images are neighbours, too, where `data.train_on` has them trained on."""

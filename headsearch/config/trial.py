@@ -88,6 +88,22 @@ class TrialConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _validation_is_held_out(self) -> Self:
+        if not self.data.trains_on_validation:
+            return self
+        if self.training.keep == "best_validation_loss":
+            raise ValueError(
+                "data.train_on: 'training+validation' leaves no images by whose loss the best epoch could be "
+                "chosen; set training.keep = 'last', or data.train_on = 'training'"
+            )
+        if self.protocol == "schliebitz2024":
+            raise ValueError(
+                "data.train_on: protocol 'schliebitz2024' has validation images held out, as its paper; set "
+                "data.train_on = 'training'"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _head_has_steps(self) -> Self:
         still = self.head.kind in ("none", "reweight") or (
             isinstance(self.head, MlpHead | LinearHead) and self.head.frozen

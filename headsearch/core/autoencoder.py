@@ -73,6 +73,7 @@ def autoencoder_key(config: TrialConfig, images: ImageSet, hidden_dim: int, devi
         config.autoencoder.model_dump(mode="json"),
         device.type,
         torch.get_num_threads() if device.type == "cpu" else None,
+        *([images.train_on] if images.trains_on_validation else []),  # the fingerprint is the same
     ]
     return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
 
@@ -82,9 +83,9 @@ def pretrained_embedding(
 ) -> tuple[nn.Linear, str]:
     """Return the trained Linear(hidden_dim, E), on the CPU, and its cache key.
 
-    Trained on the un-normalised training images if ``home/cache/autoencoders`` does not hold it yet; of
-    several processes that ask at once, one trains and the others wait. Raises StorageError if the cache
-    cannot be used and TrialFailure if the training diverges.
+    Trained on the un-normalised images of `ImageSet.pretraining` if ``home/cache/autoencoders`` does not hold
+    it yet; of several processes that ask at once, one trains and the others wait. Raises StorageError if the
+    cache cannot be used and TrialFailure if the training diverges.
     """
     assert isinstance(config.head, AutoencoderHead)  # noqa: S101
     key = autoencoder_key(config, images, hidden_dim, device)
@@ -107,7 +108,10 @@ def pretrained_embedding(
 def train_autoencoder(
     config: AutoencoderConfig, images: ImageSet, hidden_dim: int, embedding_dim: int, device: torch.device
 ) -> tuple[Autoencoder, float, int]:
-    """Train; return the model at its best validation epoch, that mean squared error, and that epoch."""
+    """Train; return the model at its best validation epoch, that mean squared error, and that epoch.
+
+    Where validation images are trained on, too, that error is a training error.
+    """
     train, validation = images.pretraining, images.validation.images
     with initialisation(config.seed, "autoencoder"):
         model = Autoencoder(math.prod(train.images.shape[1:]), hidden_dim, embedding_dim)

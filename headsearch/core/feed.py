@@ -30,7 +30,7 @@ def placed(images: ImageSet, device: torch.device, free: int | None = None, *, s
     """
     if device.type == "cuda" and free is None:
         free = torch.cuda.mem_get_info(device)[0]
-    splits = (images.pretraining, images.validation, images.test)
+    splits = (*images.before_test, images.test)
     taken = sum(split.images.nbytes for split in splits if split.images.device.type != device.type)
     return images if free is not None and taken > SHARE / sharing * free else images.to(device)
 

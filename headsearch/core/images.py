@@ -13,7 +13,7 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
-from headsearch.config import DataConfig, Normalization
+from headsearch.config import DataConfig, Normalization, TrainOn
 from headsearch.core.datasets import find_source
 from headsearch.core.decoding import Decoded, Stored
 from headsearch.core.folder import check_skipped
@@ -58,7 +58,10 @@ class Split:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """One data set, split. `train`, `validation` and `test` are labelled; `pretraining` may hold more.
+    """One data set, split. `train`, `validation` and `test` are labelled and share no image.
+
+    `pretraining` and `labelled` are what is trained on, with and without labels: `train` and, where
+    `train_on` says so, `validation`; the former also unlabelled images.
 
     `fingerprint` is a hash of pixels, labels and splits: the same on every machine. `skipped` names the
     unreadable files that were left out, relative to the root. `notes` are lines for people: what was found
@@ -73,8 +76,16 @@ class ImageSet:
     fingerprint: str
     skipped: tuple[str, ...] = ()
     mixed: Split | None = None
-    """The images of `train`, then the unlabelled ones; None where there are none."""
+    """All that is pretrained on where that is more than `train`: the images of `validation` (if they are
+    trained on), of `train`, then the unlabelled ones."""
     notes: tuple[str, ...] = ()
+    train_on: TrainOn = "training"
+    """`data.train_on`."""
+
+    @property
+    def trains_on_validation(self) -> bool:
+        """Whether the validation images are in `pretraining` and `labelled`."""
+        return self.train_on == "training+validation"
 
     @property
     def pretraining(self) -> Split:
@@ -82,9 +93,21 @@ class ImageSet:
         return self.train if self.mixed is None else self.mixed
 
     @property
+    def labelled(self) -> Split:
+        """Those of `pretraining` that have a label: what probes are trained on in the end."""
+        if not self.trains_on_validation:
+            return self.train
+        return _rows(self.pretraining, 0, len(self.validation) + len(self.train))
+
+    @property
     def unlabelled(self) -> int:
         """How many images of `pretraining` have no label; they come last."""
-        return len(self.pretraining) - len(self.train)
+        return len(self.pretraining) - len(self.labelled)
+
+    @property
+    def before_test(self) -> tuple[Split, ...]:
+        """All images but the test split's, each once."""
+        return (self.pretraining,) if self.trains_on_validation else (self.pretraining, self.validation)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -103,13 +126,18 @@ class ImageSet:
 
     def to(self, device: torch.device) -> ImageSet:
         """Return the set with all splits on `device`."""
-        mixed = None if self.mixed is None else self.mixed.to(device)
+        test = self.test.to(device)
+        if self.mixed is None:
+            return replace(
+                self, train=self.train.to(device), validation=self.validation.to(device), test=test
+            )
+        mixed, held = self.mixed.to(device), len(self.validation) if self.trains_on_validation else 0
         return replace(
             self,
             mixed=mixed,
-            train=self.train.to(device) if mixed is None else _first(mixed, len(self.train)),
-            validation=self.validation.to(device),
-            test=self.test.to(device),
+            train=_rows(mixed, held, len(self.train)),
+            validation=_rows(mixed, 0, held) if held else self.validation.to(device),
+            test=test,
         )
 
     def normalization(
@@ -129,7 +157,7 @@ class ImageSet:
             given = torch.tensor(constants(kind, self.name, probe=split == "probe"))
             return tuple(given.to(self.train.images.device))
         if kind == "zscore-schliebitz2024":
-            splits = (self.test,) if split == "test" else (self.pretraining, self.validation)
+            splits = (self.test,) if split == "test" else self.before_test
             return average_statistics([part.images for part in splits])
         train = self.pretraining
         device = train.images.device
@@ -187,7 +215,8 @@ def load_images(config: DataConfig, *, home: Path) -> ImageSet:
 
     Images are decoded once per content, however many processes ask. The validation split is the share
     `validation_fraction` of each class of the original training data and depends on the data only;
-    `limit` then thins the training split, and the unlabelled images likewise.
+    `limit` then thins the training split, and the unlabelled images likewise. The fingerprint is of images
+    and splits, whichever of them `train_on` says to train on.
 
     Raises DataError if data are missing, damaged or do not fit the splits, StorageError if the cache cannot
     be written, WorldError if a download fails.
@@ -202,23 +231,32 @@ def load_images(config: DataConfig, *, home: Path) -> ImageSet:
     if rows is not None:
         kept = torch.from_numpy(rows)
         train = Split(train.images[kept], train.labels[kept])
-    mixed = None if data.unlabelled is None else _mixed(train, data, size, config)
+    validation = Split(known[0][:size], known[1][:size])
+    loose = 0 if data.unlabelled is None else min(len(data.unlabelled), config.limit or len(data.unlabelled))
     identity: list[object] = [content, size, len(train)]
-    if mixed is not None:
-        identity.append(len(mixed))
+    if data.unlabelled is not None:
+        identity.append(len(train) + loose)
+    mixed = None
+    if config.trains_on_validation or data.unlabelled is not None:
+        parts = [validation, train] if config.trains_on_validation else [train]
+        mixed = _mixed(parts, loose, data, config, to_the_end=rows is None)
+        if config.trains_on_validation:
+            validation = _rows(mixed, 0, size)
+        train = _rows(mixed, len(mixed) - loose - len(train), len(train))
     if isinstance(train.images, Photos):
         # Pixels of views and plain images follow from these, too.
         identity.append([data.view_side, config.resize, config.center_share])
     return ImageSet(
         name=config.name,
         classes=data.classes,
-        train=train if mixed is None else _first(mixed, len(train)),
-        validation=Split(known[0][:size], known[1][:size]),
+        train=train,
+        validation=validation,
         test=Split(_tensor(data.test.images, data, config), torch.from_numpy(data.test.labels)),
         fingerprint=hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest(),
         skipped=data.skipped,
         mixed=mixed,
         notes=(*source.notes(data.skipped), *data.notes),
+        train_on=config.train_on,
     )
 
 
@@ -229,24 +267,35 @@ def _tensor(images: Stored, data: Decoded, config: DataConfig) -> Images:
     return torch.from_numpy(images)
 
 
-def _mixed(train: Split, data: Decoded, held: int, config: DataConfig) -> Split:
-    """The training images and, after them, at most `limit` unlabelled ones.
+def _mixed(
+    parts: Sequence[Split], loose: int, data: Decoded, config: DataConfig, *, to_the_end: bool
+) -> Split:
+    """The labelled images of `parts` and, after them, the first `loose` unlabelled ones.
 
-    Without a limit a range of the cache's file, in which they stand in this order.
+    In the cache's file all stand in this order: `parts` that reach `to_the_end` of the labelled images are a
+    range of it.
     """
-    assert data.unlabelled is not None  # noqa: S101
-    count = len(data.unlabelled) if config.limit is None else min(config.limit, len(data.unlabelled))
-    labels = torch.cat([train.labels, torch.full((count,), -1)])
-    loose = _tensor(data.unlabelled[:count], data, config)
-    if isinstance(loose, Photos):
-        assert isinstance(train.images, Photos)  # noqa: S101
-        return Split(train.images.followed_by(loose), labels)
-    assert isinstance(train.images, Tensor)  # noqa: S101
-    if len(train) == len(data.train.labels) - held and data.whole is not None:
-        return Split(_tensor(data.whole[held : len(data.train.labels) + count], data, config), labels)
-    return Split(torch.cat([train.images, loose]), labels)
+    labels = torch.cat([*(part.labels for part in parts), torch.full((loose,), -1)])
+    if to_the_end and data.whole is not None:
+        end = len(data.train.labels) + loose
+        return Split(_tensor(data.whole[end - len(labels) : end], data, config), labels)
+    pictures = [part.images for part in parts]
+    if data.unlabelled is not None:
+        pictures.append(_tensor(data.unlabelled[:loose], data, config))
+    return Split(_joined(pictures), labels)
 
 
-def _first(split: Split, count: int) -> Split:
-    """The first rows of a split; shares its memory."""
-    return Split(split.images[:count], split.labels[:count])
+def _joined(parts: Sequence[Images]) -> Images:
+    """One after the other; photos are rows of one array in any case."""
+    first = parts[0]
+    if isinstance(first, Photos):
+        for other in parts[1:]:
+            assert isinstance(other, Photos)  # noqa: S101
+            first = first.followed_by(other)
+        return first
+    return torch.cat([part for part in parts if isinstance(part, Tensor)])
+
+
+def _rows(split: Split, start: int, count: int) -> Split:
+    """`count` rows of a split from `start` on; shares its memory."""
+    return Split(split.images[start : start + count], split.labels[start : start + count])

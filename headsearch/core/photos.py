@@ -139,6 +139,7 @@ class Photos:
             self,
             shapes=torch.cat([self.shapes, others.shapes]),
             offsets=torch.cat([self.offsets, others.offsets]),
+            longest=max(self.longest, others.longest),
         )
 
     def to(self, device: torch.device) -> Photos:

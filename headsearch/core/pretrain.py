@@ -78,7 +78,7 @@ def pretrain(
     checkpoints: Checkpoints | None = None,
     control: Control | None = None,
 ) -> Generator[EpochReport, None, Pretrained]:
-    """Train encoder and head on two views of each training image, labelled or not; yield a report an epoch.
+    """Train encoder and head on two views of each image of `ImageSet.pretraining`; yield a report an epoch.
 
     States are given to `checkpoints.save` after every epoch, before its report is yielded, or when `control`
     says so. Where `checkpoints` writes in a thread, the report may come before its checkpoint is on the

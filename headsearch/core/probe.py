@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 
 from headsearch.config import Protocol, TrialConfig
-from headsearch.core.evaluation import Evaluation, Labelled, knn_details
+from headsearch.core.evaluation import Evaluation, Labelled, fitted_on, knn_details
 from headsearch.core.features import build_views, extract_features
 from headsearch.core.heads import head_layers
 from headsearch.core.images import ImageSet, Split
@@ -36,8 +36,9 @@ def evaluate(
 def evaluate_holdout(
     pretrained: Pretrained, images: ImageSet, config: TrialConfig, device: torch.device
 ) -> Evaluation:
-    """Fit the final probe on the training split and score it once on the test split.
+    """Fit the final probe, whose penalty the validation split chooses, and score it once on the test split.
 
+    It is fitted on the training split or, where `data.train_on` says so, on both (`select`).
     With `config.probe.layers`, the outputs of the head's layers are probed likewise; with `probe.knn_train`
     ``all``, kNN is scored on both splits too.
     """
@@ -65,7 +66,7 @@ def evaluate_holdout(
     return Evaluation(
         probe_accuracy=accuracies[0],
         test_accuracy=accuracies[1],
-        train_images=len(images.train),
+        train_images=len(images.labelled),
         validation_images=len(images.validation),
         test_images=len(images.test),
         details=details,
@@ -78,7 +79,9 @@ def select(
     """Fit on the first split, choose the penalty on the second, score on the third.
 
     Returns the accuracies on the last two, and the penalty: of equals the largest. Penalties are tried from
-    the largest down, each starting at the solution of the one before.
+    the largest down, each starting at the solution of the one before. Where `data.train_on` names both
+    splits, the probe that is scored on the third is fitted on the first two, with the penalty that was chosen
+    before; the accuracy on the second is still that of the probe that was fitted on the first alone.
     """
     train, validation, test = splits
     probe: LinearProbe | None = None
@@ -90,6 +93,9 @@ def select(
             best = accuracy, penalty, probe
     assert best is not None  # noqa: S101
     accuracy, penalty, probe = best
+    if config.data.trains_on_validation:
+        both = fitted_on(train, validation, config)
+        probe = fit_probe(*both, classes, penalty=penalty, iterations=config.probe.iterations, start=probe)
     return (accuracy, probe.accuracy(*test)), penalty
 
 

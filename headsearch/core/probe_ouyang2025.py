@@ -40,7 +40,11 @@ CROPS: Final = ViewsConfig(crop_scale_min=0.08, jitter_strength=0.0, grayscale_p
 def evaluate_ouyang2025(
     pretrained: Pretrained, images: ImageSet, config: TrialConfig, device: torch.device
 ) -> Evaluation:
-    """Score the probe that was trained along, and one trained on the frozen encoder afterwards."""
+    """Score the probe that was trained along, and one trained on the frozen encoder afterwards.
+
+    Both are trained on `ImageSet.labelled`; where that has the validation images, accuracy on these is a
+    training accuracy.
+    """
     views = build_views(config, images, device, split="probe")
     encoder = pretrained.encoder.to(device)
     online = pretrained.online
@@ -56,7 +60,7 @@ def evaluate_ouyang2025(
     return Evaluation(
         probe_accuracy=accuracy(online, *validation),
         test_accuracy=accuracy(online, *test),
-        train_images=len(images.train),
+        train_images=len(images.labelled),
         validation_images=len(images.validation),
         test_images=len(images.test),
         details={
@@ -71,12 +75,12 @@ def evaluate_ouyang2025(
 def train_offline(
     pretrained: Pretrained, images: ImageSet, config: TrialConfig, device: torch.device
 ) -> nn.Linear:
-    """Train Linear(F, classes) on the frozen encoder's features of cropped and flipped training images.
+    """Train Linear(F, classes) on the frozen encoder's features of cropped and flipped labelled images.
 
     As `offline_recipe` says, `probe.offline_epochs` epochs; the last, smaller batch of an epoch is dropped
     unless it is the only one.
     """
-    split = images.train
+    split = images.labelled
     with initialisation(config.seed, "offline probe"):
         probe = nn.Linear(pretrained.feature_dim, len(images.classes)).to(device)
     recipe = offline_recipe(config.probe)

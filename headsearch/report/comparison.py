@@ -2,8 +2,8 @@
 
 Accuracies of different protocols, or of different images, are not comparable (Schliebitz et al. 2024 train
 their probe on test images, Ouyang et al. 2025 along with the encoder): such a ranking is refused. So is one
-across numbers of epochs, settings of the probe or versions of the software, unless it is asked for by that
-name, and then it says so.
+across numbers of epochs, settings of the probe, versions of the software or images trained on
+(`data.train_on`), unless it is asked for by that name, and then it says so.
 """
 
 from __future__ import annotations
@@ -24,8 +24,15 @@ from headsearch.report.tables import Table, value
 from headsearch.report.trials import shown_paths
 from headsearch.search.snapshot import Snapshot, TrialRow
 
-RANKING_FREE = ("data.normalization", "data.image_size", "data.download", "data.max_unreadable_fraction")
-"""Fields of the data that leave the question the same; `space` may vary the first two."""
+RANKING_FREE = (
+    "data.normalization",
+    "data.image_size",
+    "data.download",
+    "data.max_unreadable_fraction",
+    "data.train_on",
+)
+"""Fields of the data that leave the question the same, of which `space` may vary the first two; or that
+`ACROSS` has."""
 
 OFFLINE = (
     "offline_validation_accuracy",
@@ -37,7 +44,7 @@ OFFLINE = (
 images (`probe.knn_train`)."""
 
 
-ACROSS: Final = ("epochs", "probe", "software")
+ACROSS: Final = ("epochs", "probe", "software", "train_on")
 """What studies may differ in where a ranking is asked for across it."""
 SOFTWARE: Final = ("torch", "python", "cuda", "cudnn")
 """Versions that a trial records; threads and GPUs may be others."""
@@ -127,7 +134,7 @@ def check_comparable(snapshots: Sequence[Snapshot], across: Collection[str] = ()
 def differences(snapshots: Sequence[Snapshot]) -> dict[str, str]:
     """What the studies differ in, of `ACROSS`, each with a line that names the studies and their values."""
     found = {}
-    for name, of in zip(ACROSS, (_epochs, _probe, _software), strict=True):
+    for name, of in zip(ACROSS, (_epochs, _probe, _software, _train_on), strict=True):
         each = {snapshot.study.name: of(snapshot) for snapshot in snapshots}
         paths = dict.fromkeys(path for facts in each.values() for path in facts)
         lines = []
@@ -167,6 +174,10 @@ def _software(snapshot: Snapshot) -> dict[str, tuple[str, ...]]:
         for name in SOFTWARE
     }
     return {"headsearch": (snapshot.study.version,), **versions}
+
+
+def _train_on(snapshot: Snapshot) -> dict[str, tuple[str, ...]]:
+    return {"data.train_on": (snapshot.study.spec.train_on,)}
 
 
 def _fingerprints(snapshot: Snapshot) -> Iterator[tuple[tuple[Any, ...], str]]:
@@ -209,6 +220,8 @@ def comparison_table(snapshots: Sequence[Snapshot], found: Sequence[Compared]) -
     """One row a point: what it is, accuracies as mean ± standard deviation over n seeds, and measures."""
     paths = _paths(snapshots)
     several = ("study",) if len(snapshots) > 1 else ()
+    trained = {snapshot.study.name: snapshot.study.spec.train_on for snapshot in snapshots}
+    mixed = ("trained on",) if len(set(trained.values())) > 1 else ()
     offline = [name for name in OFFLINE if any(name in one.measures for one in found)]
     rows = tuple(
         (
@@ -216,6 +229,7 @@ def comparison_table(snapshots: Sequence[Snapshot], found: Sequence[Compared]) -
             *(_text(one.point.params.get(path)) for path in paths),
             value(one.point.projection_dim),
             value(one.point.head_parameters),
+            *((trained[one.study],) if mixed else ()),
             spread(one.point.probe_accuracy),
             spread(one.point.test_accuracy),
             one.point.n_text,
@@ -233,7 +247,8 @@ def comparison_table(snapshots: Sequence[Snapshot], found: Sequence[Compared]) -
         *names,
         "dim",
         "parameters",
-        "validation",
+        *mixed,
+        "validation" if mixed else protocols.validation(snapshots[0].study.spec.train_on),
         "test",
         "n",
         "kNN",
@@ -255,26 +270,38 @@ def comparison_captions(snapshots: Sequence[Snapshot]) -> list[str]:
             f"{spec.budget.epochs} epochs, seeds {', '.join(map(str, spec.seeds))}; {states or 'no trial'}"
         )
     lines += dict.fromkeys(line for snapshot in snapshots for line in image_captions(snapshot))
+    kinds = {snapshot.study.spec.train_on: snapshot for snapshot in snapshots}
+    unlike = ", which is too high where validation images were trained on" * (len(kinds) > 1)
     legend = (
-        "ordered by validation accuracy; ± is the standard deviation over n seeds; kNN accuracy and "
+        f"ordered by validation accuracy{unlike}; ± is the standard deviation over n seeds; kNN accuracy and "
         "effective ranks are the last report's, on validation images; s: seconds of training"
     )
-    return [*lines, protocols.SAID[snapshots[0].study.spec.protocol], legend]
+    for snapshot in kinds.values():
+        about = f"study {snapshot.study.name}: " if len(kinds) > 1 else ""
+        lines += [f"{about}{line}" for line in protocols.said(snapshot.study.spec)]
+    return [*lines, legend]
 
 
 def comparison_json(snapshots: Sequence[Snapshot], found: Sequence[Compared]) -> dict[str, Any]:
     """The ranking as plain data."""
+    trained = {snapshot.study.name: snapshot.study.spec.train_on for snapshot in snapshots}
     return {
         "protocol": snapshots[0].study.spec.protocol,
         "studies": [
-            {"study": s.study.name, "spec_hash": s.study.spec.hash, "seeds": list(s.study.spec.seeds)}
+            {
+                "study": s.study.name,
+                "trained_on": s.study.spec.train_on,
+                "splits": protocols.splits(s.study.spec.protocol, s.study.spec.train_on),
+                "spec_hash": s.study.spec.hash,
+                "seeds": list(s.study.spec.seeds),
+            }
             for s in snapshots
         ],
         "across": differences(snapshots),
-        "splits": protocols.SPLITS[snapshots[0].study.spec.protocol],
         "points": [
             {
                 "study": one.study,
+                "trained_on": trained[one.study],
                 "params": one.point.params,
                 "projection_dim": one.point.projection_dim,
                 "head_parameters": one.point.head_parameters,
@@ -292,7 +319,8 @@ def comparison_json(snapshots: Sequence[Snapshot], found: Sequence[Compared]) ->
 
 
 def comparison_csv(snapshots: Sequence[Snapshot], found: Sequence[Compared]) -> str:
-    """The ranking as CSV, each row with its study, protocol and seeds."""
+    """The ranking as CSV, each row with its study, protocol, images trained on and seeds."""
+    trained = {snapshot.study.name: snapshot.study.spec.train_on for snapshot in snapshots}
     paths = list(dict.fromkeys(path for one in found for path in one.point.params))
     names = list(dict.fromkeys(name for one in found for name in one.measures))
     protocol = snapshots[0].study.spec.protocol
@@ -303,6 +331,7 @@ def comparison_csv(snapshots: Sequence[Snapshot], found: Sequence[Compared]) -> 
         [
             "study",
             "protocol",
+            "trained_on",
             "n",
             "seeds_asked",
             "seeds",
@@ -316,7 +345,7 @@ def comparison_csv(snapshots: Sequence[Snapshot], found: Sequence[Compared]) -> 
     for one in found:
         point, test = one.point, one.point.test_accuracy
         writer.writerow(
-            [one.study, protocol, point.n, point.asked, " ".join(map(str, point.seeds))]
+            [one.study, protocol, trained[one.study], point.n, point.asked, " ".join(map(str, point.seeds))]
             + [_text(point.params.get(path)) for path in paths]
             + [point.projection_dim, point.head_parameters]
             + [point.probe_accuracy.mean, point.probe_accuracy.std]

@@ -10,6 +10,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from headsearch.errors import InputError, StorageError, WorldError
+from headsearch.report import protocols
 from headsearch.report.fronts import FrontPoint, front, groups, has_ended, points
 from headsearch.report.tables import value
 from headsearch.report.trials import in_order, params_text
@@ -63,7 +64,7 @@ def front_figure(snapshot: Snapshot, *, hover: bool = True, pruned: bool = True)
             if marks:
                 figure.add_trace(_points(spec, marks, name, marker, hover=hover))
     if best := [point for point in front(snapshot, _axes(snapshot)) if point.projection_dim]:
-        figure.add_trace(_front_line(best))
+        figure.add_trace(_front_line(best, protocols.validation(spec.train_on)))
     dims = sorted({mark.trial.projection_dim or 1 for mark in complete + (ended if pruned else [])})
     several = len(spec.seeds) > 1
     what = f"complete points of {len(spec.seeds)} seeds" if several else "complete trials"
@@ -74,7 +75,7 @@ def front_figure(snapshot: Snapshot, *, hover: bool = True, pruned: bool = True)
             "type": "log",
             **({"tickvals": dims, "ticktext": [str(dim) for dim in dims]} if len(dims) <= FEW_TICKS else {}),
         },
-        yaxis={"title": "linear-probe accuracy (validation split)"},
+        yaxis={"title": f"linear-probe accuracy ({protocols.validation(spec.train_on)} split)"},
         template="plotly_white",
         legend={"orientation": "h", "y": -0.2},
     )
@@ -162,7 +163,7 @@ def _head_kind(snapshot: Snapshot, trial: TrialRow) -> str:
 def _points(
     spec: StudySpec, marks: list[_Mark], name: str, marker: dict[str, Any], *, hover: bool
 ) -> go.Scatter:
-    text = [mark.label for mark in marks]
+    text, accuracy = [mark.label for mark in marks], protocols.validation(spec.train_on)
     if hover:
         text = [
             "<br>".join(
@@ -181,7 +182,7 @@ def _points(
         name=name,
         marker=marker,
         text=text,
-        hovertemplate="%{text}<br>dim %{x}, validation %{y:.4f}<extra></extra>",
+        hovertemplate=f"%{{text}}<br>dim %{{x}}, {accuracy} %{{y:.4f}}<extra></extra>",
     )
 
 
@@ -192,7 +193,7 @@ def _seeds(spec: StudySpec, mark: _Mark) -> str:
     return f"mean of {n}" + (f" of {len(spec.seeds)}" if mark.lacks_seeds else "") + " seeds"
 
 
-def _front_line(points: list[FrontPoint]) -> go.Scatter:
+def _front_line(points: list[FrontPoint], accuracy: str) -> go.Scatter:
     ordered = sorted(points, key=lambda point: point.projection_dim or 0)
     stds = [round(point.probe_accuracy.std or 0.0, 5) for point in ordered]
     return go.Scatter(
@@ -207,7 +208,7 @@ def _front_line(points: list[FrontPoint]) -> go.Scatter:
             ", ".join(map(str, point.numbers)) + (f", n = {point.n_text}" if point.n < point.asked else "")
             for point in ordered
         ],
-        hovertemplate="front: trials %{text}<br>dim %{x}, validation %{y:.4f}<extra></extra>",
+        hovertemplate=f"front: trials %{{text}}<br>dim %{{x}}, {accuracy} %{{y:.4f}}<extra></extra>",
     )
 
 

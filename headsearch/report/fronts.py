@@ -42,7 +42,7 @@ class FrontPoint:
     seeds: tuple[int, ...]
     """Of those trials."""
     probe_accuracy: Measured
-    """On the validation split: what the search chose by."""
+    """On the validation split: what the search chose by. Of seen images where `data.train_on` says so."""
     test_accuracy: Measured | None
     """On the test split, scored once for each trial."""
     objectives: dict[str, Measured]
@@ -175,7 +175,8 @@ def front_table(snapshot: Snapshot, shown: Sequence[FrontPoint] | None = None) -
         )
         for point in shown
     )
-    columns = ("projection_dim", "validation", "test", "n", *others, "trials", *names.values())
+    measured = (protocols.validation(spec.train_on), "test")
+    columns = ("projection_dim", *measured, "n", *others, "trials", *names.values())
     return Table(columns, rows)
 
 
@@ -192,7 +193,7 @@ def captions(snapshot: Snapshot) -> list[str]:
     shown = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
     lines = [
         f"study {spec.name} ({snapshot.study.state}), protocol {spec.protocol}, spec {spec.hash[:12]}",
-        protocols.SAID[spec.protocol],
+        *protocols.said(spec),
         f"n = complete seeds of {len(spec.seeds)}"
         + ("; ± is their standard deviation" * (len(spec.seeds) > 1)),
         f"{len(snapshot.trials)} of {spec.trials} trials: {shown or 'none begun'}; {_epochs(snapshot)}",
@@ -201,7 +202,8 @@ def captions(snapshot: Snapshot) -> list[str]:
     sizes = next((t.facts for t in snapshot.complete if "validation_images" in t.facts), None)
     if sizes:
         held_out = sizes["validation_images"]
-        if held_out < FEW_IMAGES and spec.protocol != "schliebitz2024":
+        fair = spec.protocol != "schliebitz2024" and not spec.trains_on_validation
+        if held_out < FEW_IMAGES and fair:
             lines.append(
                 f"one validation image is {1 / held_out:.1%}: the best of many is optimistic by more"
             )
@@ -242,7 +244,7 @@ def front_json(snapshot: Snapshot) -> dict[str, Any]:
             {"name": name, "direction": direction}
             for name, direction in zip(spec.objectives, spec.directions, strict=True)
         ],
-        "splits": protocols.SPLITS[spec.protocol],
+        "splits": protocols.splits(spec.protocol, spec.train_on),
         "images": [vars(one) for one in snapshot.images],
         "on_other_images": [one.number for one in snapshot.strangers],
         "seeds": list(spec.seeds),
@@ -262,6 +264,7 @@ def identity(study: Study) -> dict[str, Any]:
         "question": study.spec.question,
         "state": study.state,
         "protocol": study.spec.protocol,
+        "trained_on": study.spec.train_on,
         "spec_hash": study.spec.hash,
     }
 
@@ -292,7 +295,7 @@ def front_csv(snapshot: Snapshot) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(
-        ["study", "protocol", "spec_hash", "n", "seeds_asked", "seeds", "trials"]
+        ["study", "protocol", "trained_on", "spec_hash", "n", "seeds_asked", "seeds", "trials"]
         + [column for name in measured for column in (f"{name}_mean", f"{name}_std")]
         + ["head_parameters"] * ("head_parameters" not in others)
         + paths
@@ -300,7 +303,7 @@ def front_csv(snapshot: Snapshot) -> str:
     for point in shown:
         values = [point.probe_accuracy, point.test_accuracy, *(point.objectives[name] for name in others)]
         writer.writerow(
-            [spec.name, spec.protocol, spec.hash, point.n, point.asked]
+            [spec.name, spec.protocol, spec.train_on, spec.hash, point.n, point.asked]
             + [" ".join(map(str, point.seeds)), " ".join(map(str, point.numbers))]
             + [cell for one in values for cell in ((one.mean, one.std) if one else (None, None))]
             + [point.head_parameters] * ("head_parameters" not in others)

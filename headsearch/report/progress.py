@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from headsearch.report import protocols
 from headsearch.report.tables import duration
 from headsearch.report.trials import STATES, in_order, params_text
 from headsearch.search.snapshot import Snapshot, TrialRow
+from headsearch.spec import StudySpec
 
 
 def events(before: Snapshot, after: Snapshot) -> list[str]:
@@ -34,7 +36,7 @@ def _of_trial(old: TrialRow | None, new: TrialRow, snapshot: Snapshot) -> Iterat
             since = passed[-1] if passed and promoted else old.epoch
             yield f"{label} {'promoted: goes on' if promoted else 'taken up again'} after epoch {since}"
     if new.epoch > (old.epoch if old else 0) and new.state in ("running", "orphaned", "paused"):
-        yield f"{label} epoch {new.epoch}/{spec.budget.epochs}: {_report(new)}"
+        yield f"{label} epoch {new.epoch}/{spec.budget.epochs}: {_report(new, spec)}"
     if old is not None and old.state == new.state:
         return
     if new.state == "paused":
@@ -45,7 +47,8 @@ def _of_trial(old: TrialRow | None, new: TrialRow, snapshot: Snapshot) -> Iterat
     elif new.state == "complete":
         test = "" if new.test_accuracy is None else f", test {new.test_accuracy:.4f}"
         yield (
-            f"{label} complete: accuracy {new.probe_accuracy or 0.0:.4f} (validation){test}, "
+            f"{label} complete: accuracy {new.probe_accuracy or 0.0:.4f} "
+            f"({protocols.validation(spec.train_on)}){test}, "
             f"projection dim {new.projection_dim}, {duration(new.train_seconds)}"
         )
     elif new.state == "pruned":
@@ -54,8 +57,8 @@ def _of_trial(old: TrialRow | None, new: TrialRow, snapshot: Snapshot) -> Iterat
         yield f"{label} failed ({new.reason}): {new.message}"
 
 
-def _report(trial: TrialRow) -> str:
-    facts = [f"accuracy {trial.probe_accuracy or 0.0:.4f}"]
+def _report(trial: TrialRow, spec: StudySpec) -> str:
+    facts = [f"accuracy {trial.probe_accuracy or 0.0:.4f}" + " (seen)" * spec.trains_on_validation]
     if trial.loss is not None:
         facts.append(f"loss {trial.loss:.3f}")
     if trial.views_per_second is not None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from headsearch import space as spaces
+from headsearch.report import protocols
 from headsearch.report.fronts import (
     FrontPoint,
     best_point,
@@ -47,6 +48,7 @@ def header(study: Study, database: str, images: Sequence[KnownImages] = ()) -> l
         *lines,
         ("objectives", f"{goals}; protocol {spec.protocol}"),
         *(("images", line) for line in image_lines(images)),
+        *([("trained on", "training and validation images together")] if spec.trains_on_validation else []),
         ("space", space_text(spec)),
         ("search", _search_text(spec)),
         ("pruning", _pruning_text(spec)),
@@ -138,7 +140,7 @@ def ending(
     top = best_point(snapshot)
     if top is not None:
         lines += [
-            f"best: {best_text(top)}, {params_text(top.params)}",
+            f"best: {best_text(top, snapshot.study.spec)}, {params_text(top.params)}",
             f"train it again: {reproduction(snapshot.study.spec, _first(snapshot, top), file, overrides)}",
         ]
     if snapshot.study.spec.mode != "search":
@@ -146,9 +148,9 @@ def ending(
     return [*lines, f"browse: headsearch dashboard {snapshot.study.name}"]
 
 
-def best_text(point: FrontPoint) -> str:
+def best_text(point: FrontPoint, spec: StudySpec) -> str:
     """Which trials a point is, and its accuracy: the mean of its seeds."""
-    measured = f"accuracy {spread(point.probe_accuracy)} (validation"
+    measured = f"accuracy {spread(point.probe_accuracy)} ({protocols.validation(spec.train_on)}"
     if point.asked == 1:
         return f"trial {point.numbers[0]}, {measured})"
     return f"trials {', '.join(map(str, point.numbers))}, {measured}, n = {point.n_text} seeds)"
@@ -166,9 +168,11 @@ def front_lines(snapshot: Snapshot) -> list[str]:
 
 
 def confirmed_lines(snapshot: Snapshot) -> list[str]:
-    """All points of a confirming study, and which of them are on its own front."""
+    """All points of a confirming study, and which of them are on its own front, where it may have one."""
     measured = sorted(points(snapshot), key=lambda point: point.projection_dim or 0)
     table = front_table(snapshot, measured)
+    if snapshot.study.spec.trains_on_validation:  # which makes no front
+        return [*captions(snapshot), "", *table.lines()]
     held = [str(point.projection_dim) for point in front(snapshot)]
     said = f"still on the front: {len(held)} of {len(measured)} points"
     return [
@@ -236,14 +240,15 @@ def listing_json(study: Study, progress: Progress) -> dict[str, Any]:
 
 
 def listing(found: Sequence[tuple[Study, Progress]]) -> Table:
-    """Studies as a table."""
+    """Studies as a table; an accuracy is ``(seen)`` where validation images were trained on."""
     rows = tuple(
         (
             study.name,
             study.state,
             f"{sum(done.trials.values())}/{study.spec.trials}",
             ", ".join(f"{done.trials[state]} {state}" for state in STATES if done.trials[state]),
-            accuracy(done.best_accuracy),
+            accuracy(done.best_accuracy)
+            + (" (seen)" if study.spec.trains_on_validation and done.best_accuracy is not None else ""),
             f"{study.created_at:%Y-%m-%d %H:%M}",
         )
         for study, done in found

@@ -54,13 +54,17 @@ def ordered(trials: Sequence[TrialRow]) -> list[TrialRow]:
 
 
 def trial_table(snapshot: Snapshot, *, most: int | None = MOST_ROWS) -> Table:
-    """Progress of each trial and the parameters that vary. Accuracy is that of the validation split."""
+    """Progress of each trial and the parameters that vary.
+
+    Accuracy is that of the validation split, ``(seen)`` where its images were trained on.
+    """
     spec = snapshot.study.spec
     paths = shown_paths(spec)
     names = short_names(paths)
     chosen = ordered(snapshot.trials)[:most] if most is not None else list(snapshot.trials)
     seeds = ("seed",) if len(spec.seeds) > 1 else ()
-    columns = ("trial", "state", "epoch", "accuracy", "loss", "dim", "time", *seeds, *names.values())
+    accuracies = "accuracy (seen)" if spec.trains_on_validation else "accuracy"
+    columns = ("trial", "state", "epoch", accuracies, "loss", "dim", "time", *seeds, *names.values())
     rows = tuple(
         (
             str(trial.number),

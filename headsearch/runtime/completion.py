@@ -30,6 +30,7 @@ def completed(spec: StudySpec, pretrained: Pretrained, measured: Evaluation, fin
             "kept_epoch": pretrained.kept_epoch,
             "head_flops": pretrained.head_flops,
             "protocol": spec.protocol,
+            "trained_on": spec.train_on,
             "host": socket.gethostname(),
             "precision": pretrained.precision,
             "feature_dim": pretrained.feature_dim,

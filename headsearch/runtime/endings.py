@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from headsearch.core.checkpoint import Checkpoints
 from headsearch.errors import DatabaseError, FailureReason, HeadsearchError, LeaseLost
+from headsearch.report import protocols
 from headsearch.runtime.checkpoints import open_checkpoints
 from headsearch.runtime.keeper import LeaseKeeper
 from headsearch.runtime.patience import patiently
@@ -75,7 +76,8 @@ class Endings:
             self._say(f"{error}; its outcome is theirs to tell")
             return
         accuracy = outcome.facts.get("probe_accuracy")
-        shown = f"accuracy {accuracy:.4f} (validation)" if accuracy is not None else outcome.message
+        images = protocols.validation(self._study.spec.train_on)
+        shown = f"accuracy {accuracy:.4f} ({images})" if accuracy is not None else outcome.message
         self._say(f"trial {work.number} {outcome.state}: {shown}")
         self.failed += outcome.state == "failed"
         self.ended_here(work)

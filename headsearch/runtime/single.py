@@ -35,6 +35,7 @@ class SinglePoint:
         trained = {k: v for k, v in vars(self.pretrained).items() if k not in ("encoder", "head", "online")}
         return {
             "config": self.config.model_dump(mode="json"),
+            "trained_on": self.config.data.train_on,
             "device": self.device,
             "reports": [asdict(report) for report in self.reports],
             **trained,

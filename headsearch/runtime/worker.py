@@ -333,7 +333,8 @@ class _Worker:
         self.reported = said.epoch
         self.say(
             f"trial {work.number} epoch {said.epoch}/{self.study.spec.budget.epochs} "
-            f"loss {said.loss:.3f} accuracy {said.probe_accuracy:.3f} {said.views_per_second:,.0f} views/s"
+            f"loss {said.loss:.3f} accuracy {said.probe_accuracy:.3f}"
+            f"{' (seen)' * self.study.spec.trains_on_validation} {said.views_per_second:,.0f} views/s"
         )
 
     def _fail(self, work: Claim, error: TrialFailure) -> None:

@@ -190,7 +190,7 @@ def _create_in_optuna(database: Database, spec: StudySpec) -> int:
                 f"name: an Optuna study {spec.name!r} that headsearch did not make is in the database; "
                 "choose another name"
             )
-        study.set_metric_names([axis_name(objective) for objective in spec.objectives])
+        study.set_metric_names([axis_name(objective, spec) for objective in spec.objectives])
         study.set_user_attr("protocol", spec.protocol)
         study.set_user_attr("spec_hash", spec.hash)
         if spec.question:
@@ -198,6 +198,8 @@ def _create_in_optuna(database: Database, spec: StudySpec) -> int:
     return study_id
 
 
-def axis_name(objective: str) -> str:
+def axis_name(objective: str, spec: StudySpec) -> str:
     """What the dashboard writes beside an axis."""
-    return "probe_accuracy (validation)" if objective == "probe_accuracy" else objective
+    if objective != "probe_accuracy":
+        return objective
+    return f"probe_accuracy ({'seen ' if spec.trains_on_validation else ''}validation)"

@@ -151,7 +151,7 @@ def test_the_options_are_these() -> None:
         "heads": ["--encoder", "--json", "--markdown"],
         "study verify": ["--json"],
         "study compare": ["--across", "--csv", "--json", "--markdown"],
-        "study confirm": ["--device", "--seeds", "--threads", "--workers"],
+        "study confirm": ["--all-images", "--device", "--seeds", "--threads", "--workers"],
         "study create": ["--no-check", "--set"],
         "study list": ["--json"],
         "study show": ["--json"],

@@ -195,6 +195,62 @@ def test_an_untrained_encoder_is_measured_without_a_database(world: World) -> No
     assert not (Path(world.environment["HEADSEARCH_HOME"]) / "postgres").exists()
 
 
+def test_a_front_is_confirmed_on_the_training_split_and_on_all_images(world: World) -> None:
+    fewer = ("--set", "budget.epochs=2", "--set", "head.projection_dim=[2, 8]", "--set", "budget.trials=2")
+    world.command("run", "tiny.toml", *CPU, "--workers", "1", *fewer)
+    confirm = ("study", "confirm", "tiny", "--seeds", "2", "--workers", "1", *CPU)
+    world.command(*confirm)
+    out = world.command(*confirm, "--all-images")
+    lines = out.splitlines()
+    assert "trained on training and validation images together" in lines
+    assert "200 training, 143 validation, 359 test images, no unlabelled" in lines
+    assert "seen validation: images that the encoder was trained on, without their labels" in lines
+    shown = lines[lines.index("the same points, by what they were trained on:") :]
+    assert max(map(len, shown)) <= 80
+    trained = [line.split()[1] for line in shown if line.split()[2:3] in (["search"], ["fresh"])]
+    assert trained
+    assert trained == ["training", "training", "training+validation"] * (len(trained) // 3)
+    again = world.command(*confirm, "--all-images")
+    assert again.splitlines()[-len(shown) :] == shown
+
+    name = "tiny-confirm-2-all-images"
+    found = json.loads(world.command("study", "show", name, "--json"))
+    assert found["trained_on"] == "training+validation"
+    assert {trial["facts"]["train_images"] for trial in found["trials"]} == {343}
+    assert {trial["facts"]["trained_on"] for trial in found["trials"]} == {"training+validation"}
+    (theirs,) = {trial["facts"]["data_fingerprint"] for trial in found["trials"]}
+    ours = [t["facts"]["data_fingerprint"] for t in world.show()["trials"] if t["state"] == "complete"]
+    assert set(ours) == {theirs}
+    # The trial alone, in another process, gives the same numbers.
+    first = found["trials"][0]
+    point = json.loads(
+        world.command(
+            "train",
+            "tiny.toml",
+            *CPU,
+            "--json",
+            "--seed",
+            str(first["seed"]),
+            "--set",
+            "training.epochs=2",
+            "--set",
+            f"head.projection_dim={first['projection_dim']}",
+            "--set",
+            "data.train_on=training+validation",
+        )
+    )
+    assert point["trained_on"] == "training+validation"
+    assert point["validation_accuracy"] == first["probe_accuracy"]
+    assert point["test_accuracy"] == first["test_accuracy"]
+
+    assert world.command("study", "verify", name).startswith(f"study {name} is clean")
+    refused = world.start("study", "compare", "tiny", name)
+    _, line = refused.communicate(timeout=240)
+    assert refused.returncode == 2
+    assert "data.train_on is training in tiny, training+validation in " in line
+    assert "training+validation" in world.command("study", "compare", "tiny", name, "--across", "train_on")
+
+
 def test_the_dashboard_prints_the_page_of_its_study(world: World) -> None:
     import urllib.request
 
