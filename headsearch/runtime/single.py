@@ -54,15 +54,24 @@ def point_of(path: Path, overrides: Sequence[str], *, seed: int | None = None) -
     Raises:
         SpecError: The file or an override is not valid.
     """
-    # What is set of the data may change the edition that the study would have.
-    of_study = [given for given in overrides if _top(given) in (*StudySpec.model_fields, "data")]
+    # What is set of the data may change the edition that the study would have. Not so the images trained on,
+    # which a study that searches refuses: one training chooses nothing.
+    of_study = [
+        given
+        for given in overrides
+        if _top(given) in (*StudySpec.model_fields, "data") and _path(given) != "data.train_on"
+    ]
     of_trial = [given for given in overrides if _top(given) not in StudySpec.model_fields]
     # With overrides of the trial, the file's own points are not trained and need not be valid.
     return one_point(load_study(path, of_study, check_points=not of_trial), of_trial, seed=seed)
 
 
+def _path(override: str) -> str:
+    return override.partition("=")[0].strip()
+
+
 def _top(override: str) -> str:
-    return override.partition("=")[0].strip().split(".")[0]
+    return _path(override).split(".")[0]
 
 
 def train(

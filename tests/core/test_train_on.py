@@ -131,7 +131,7 @@ def test_photos_too(tmp_path: Path, limit: int | None) -> None:
             photo.save(root / folder / f"{index}.png")
     (root / "unlabelled").mkdir()
     for index in range(3):  # longer than any that has a label
-        Image.fromarray(pixels(900 + index, 40)).resize((90, 24)).save(root / "unlabelled" / f"{index}.png")
+        Image.fromarray(pixels(900 + index, 40)).resize((100, 90)).save(root / "unlabelled" / f"{index}.png")
     held_out, both = (load(root, limit=limit, image_size=16, train_on=which) for which in ("training", BOTH))
     assert isinstance(both.pretraining.images, Photos)
     expected = torch.cat([squares(part.images) for part in (held_out.validation, held_out.pretraining)])
