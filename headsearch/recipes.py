@@ -9,8 +9,9 @@ source's, with the differences that stay.
 In a configuration the recipe comes first, the system over it, and what is given beside them over both. A
 table of another ``kind`` replaces one whole.
 
-Recipes were mended once. Studies from before are of edition 1, and mean what they meant. Edition 3 changes no
-recipe: small square images at another size than they are stored at are cropped before they are resized.
+Recipes were mended twice. Studies from before are of edition 1 or 2, and mean what they meant. In edition 3
+solo-learn's recipes have another start of the online probe's warm-up, and small square images at another size
+than they are stored at are cropped before they are resized.
 """
 
 from __future__ import annotations
@@ -23,8 +24,7 @@ from headsearch.fields import guess
 from headsearch.systems import LIGHTLY_HEAD, SYSTEMS, Tree
 
 EDITION: Final = 3
-RECIPES_SINCE: Final = 2
-"""Edition in which the recipes became what stands here."""
+"""Of what stands here."""
 STORED_SIDES: Final = {"digits": 8, "cifar10": 32, "cifar100": 32, "stl10": 96, "fashion-mnist": 28}
 """Side in pixels of the images of data sets that are stored as one array."""
 KIND_DEFAULTS: Final = {"head": "mlp", "objective": "nt-xent", "scheme": "joint"}
@@ -88,7 +88,7 @@ def _solo(rate: float, views: Tree, system: str, *, batch: int, probe: Tree, ste
         "objective": tree["objective"],
         "optimizer": {**_SOLO_LARS, "learning_rate": rate},
         "training": {"batch_size": batch, "encode_views": "apart"},
-        "probe": probe,
+        "probe": {"online_warmup_start": "same", **probe},
     }
 
 
@@ -283,31 +283,35 @@ RECIPES: Mapping[str, Recipe] = {
 }
 
 
-FORMER_DEFAULTS: Final[Tree] = {
-    "data": {"normalization": "none"},
-    "views": {"blur_kernel": "tenth", "interpolation": "bilinear"},
-    "encoder": {"initialisation": "fan-out", "zero_last_norm": False, "first_shortcut": "identity"},
-    "optimizer": {"lars_form": "you2017", "warmup_peak": "next_step"},
-    "probe": {
-        "offline": "lars-without-warmup",
-        "offline_learning_rate": 0.3,
-        "offline_batch_size": 256,
-        "offline_epochs": 50,
+FORMER_DEFAULTS: Final[Mapping[int, Tree]] = {
+    2: {"probe": {"online_warmup_start": "scaled"}},
+    1: {
+        "data": {"normalization": "none"},
+        "views": {"blur_kernel": "tenth", "interpolation": "bilinear"},
+        "encoder": {"initialisation": "fan-out", "zero_last_norm": False, "first_shortcut": "identity"},
+        "optimizer": {"lars_form": "you2017", "warmup_peak": "next_step"},
+        "probe": {
+            "offline": "lars-without-warmup",
+            "offline_learning_rate": 0.3,
+            "offline_batch_size": 256,
+            "offline_epochs": 50,
+            "online_warmup_start": "scaled",
+        },
     },
 }
-"""What edition 1 had in every recipe, and in protocol `ouyang2025` without one."""
+"""What former editions had in every recipe, and in protocol `ouyang2025` without one."""
 FORMER: Final[Mapping[str, Tree]] = {
     "schliebitz2024": {"training": {"encode_views": "together"}},
     "lightly-cifar10": {"optimizer": {"schedule": "step"}},
 }
-"""What else it had in some."""
+"""What else edition 1 had in some."""
 
 
 def edition_of_stored(tree: Mapping[str, Any]) -> int | None:
     """The edition of a stored study's trial that says none; None where it depends on none.
 
-    It depends on editions 1 and 2 if it names a recipe or trains that probe, on 2 and 3 if its images are an
-    array's at another size.
+    It depends on all three if it names a recipe or trains that probe, on 2 and 3 if its images are an array's
+    at another size.
     """
     if _name(tree, "recipe") or tree.get("protocol") == "ouyang2025":
         return 1
@@ -334,10 +338,12 @@ def expanded(raw: Mapping[str, Any]) -> Tree:
     tree: Tree = {}
     name = _name(raw, "recipe")
     recipe, system = RECIPES.get(name), SYSTEMS.get(_name(raw, "system"))
-    former = (FORMER_DEFAULTS, FORMER.get(name, {})) if raw.get("edition") == 1 else ()
-    for part in (recipe.tree if recipe else {}, *former, system.tree if system else {}, raw):
+    edition = raw.get("edition")
+    former = FORMER_DEFAULTS.get(edition, {}) if isinstance(edition, int) else {}
+    own = FORMER.get(name, {}) if edition == 1 else {}
+    for part in (recipe.tree if recipe else {}, former, own, system.tree if system else {}, raw):
         tree = _over(tree, part)
-    if raw.get("edition") in (1, 2) and _resizes_array(tree):
+    if edition in (1, 2) and _resizes_array(tree):
         tree = _over({"data": {"resize_first": True}}, tree)
     for table, kind in KIND_DEFAULTS.items():
         if isinstance(tree.get(table), dict):

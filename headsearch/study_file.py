@@ -13,7 +13,7 @@ from headsearch import space as spaces
 from headsearch.config import TrialConfig, flatten, set_path
 from headsearch.errors import SpecError
 from headsearch.fields import explain, guess
-from headsearch.recipes import EDITION, KIND_DEFAULTS, RECIPES_SINCE, has_another_side
+from headsearch.recipes import EDITION, KIND_DEFAULTS, has_another_side
 from headsearch.spec import StudySpec
 
 
@@ -69,10 +69,9 @@ def _with_edition(tree: dict[str, Any]) -> dict[str, Any]:
         return tree
     space, points = tree.get("space", {}), tree.get("points", ())
     named = [part for part in (base, space, *points) if isinstance(part, dict)] if _is_list(points) else []
-    if _resizes_array(base, named[1:]):
+    has_recipe = any("recipe" in part for part in named) or tree.get("protocol") == "ouyang2025"
+    if has_recipe or _resizes_array(base, named[1:]):
         return {**tree, "base": {"edition": EDITION, **base}}
-    if any("recipe" in part for part in named) or tree.get("protocol") == "ouyang2025":
-        return {**tree, "base": {"edition": RECIPES_SINCE, **base}}
     return tree
 
 

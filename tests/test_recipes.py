@@ -255,31 +255,50 @@ def test_dkobaks_steps_are_plain_torchs(tmp_path: Path) -> None:
         torch.testing.assert_close(learner.head.state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
-FORMER: dict[str, dict[str, Any]] = json.loads(
-    (Path(__file__).parent / "recipes_of_edition_1.json").read_text()
+FORMER: dict[int, dict[str, dict[str, Any]]] = {
+    edition: json.loads((Path(__file__).parent / f"recipes_of_edition_{edition}.json").read_text())
+    for edition in (1, 2)
+}
+"""What each recipe of a former edition set; and, under no name, the whole default configuration."""
+
+
+@pytest.mark.parametrize(
+    ("edition", "name"), [(edition, name) for edition in FORMER for name in FORMER[edition]]
 )
-"""What each recipe set, before there were editions; and, under no name, the whole default configuration."""
-
-
-@pytest.mark.parametrize("name", FORMER)
-def test_edition_1_is_what_stored_studies_meant(name: str) -> None:
-    default = FORMER[""]
+def test_a_former_edition_is_what_stored_studies_meant(edition: int, name: str) -> None:
+    former = FORMER[edition]
+    default = former[""]
     if not name:
-        made = flatten(config(protocol="ouyang2025", edition=1).model_dump(mode="json"))
+        made = flatten(config(protocol="ouyang2025", edition=edition).model_dump(mode="json"))
         assert {path: made[path] for path in default} == default
         return
-    epochs = FORMER[name].get("training.epochs", 12)
+    # The first edition was not written down.
+    base = {"recipe": name, **({"edition": edition} if edition > 1 else {})}
+    epochs = former[name].get("training.epochs", 12)
     spec = StudySpec.model_validate(
-        {**STUDY, "base": {"recipe": name}, "space": {"head.dropout": [0.0]}, "budget": {"epochs": epochs}}
+        {**STUDY, "base": base, "space": {"head.dropout": [0.0]}, "budget": {"epochs": epochs}}
     )
     made = flatten(spec.trial_config({}, 0).model_dump(mode="json"))
-    assert made["edition"] == 1
-    assert {path: made[path] for path in FORMER[name]} == FORMER[name]
-    others = default.keys() - FORMER[name].keys() - {"protocol"}
+    assert made["edition"] == edition
+    assert {path: made[path] for path in former[name]} == former[name]
+    others = default.keys() - former[name].keys() - {"protocol"}
     kept = {path for path in others if path in made and made[path] != default[path]}
     assert not kept
-    assert made["optimizer.lars_form"] == "you2017"
-    assert made["views.blur_kernel"] == "tenth"
+    assert made["probe.online_warmup_start"] == "scaled"
+    if edition == 1:
+        assert made["optimizer.lars_form"] == "you2017"
+        assert made["views.blur_kernel"] == "tenth"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_todays_edition_differs_from_the_second_in_the_start_of_a_warm_up(name: str) -> None:
+    second, third = (
+        flatten(config(recipe=name, edition=edition, training={"epochs": 20}).model_dump(mode="json"))
+        for edition in (2, 3)
+    )
+    changed = {path: (second[path], third[path]) for path in third if second[path] != third[path]}
+    starts = {"probe.online_warmup_start": ("scaled", "same")} if "online" in str(RECIPES[name].tree) else {}
+    assert changed == {"edition": (2, 3), **starts}
 
 
 def new_study(**changes: Any) -> StudySpec:
@@ -288,11 +307,11 @@ def new_study(**changes: Any) -> StudySpec:
 
 def test_a_new_study_writes_its_edition_down_where_it_matters() -> None:
     assert "edition" not in new_study().base
-    assert new_study(base={"recipe": "lightly-cifar10"}).base["edition"] == 2
-    assert new_study(space={"recipe": ["lightly-cifar10"]}).base["edition"] == 2
-    assert new_study(protocol="ouyang2025").base["edition"] == 2
+    assert new_study(base={"recipe": "lightly-cifar10"}).base["edition"] == 3
+    assert new_study(space={"recipe": ["lightly-cifar10"]}).base["edition"] == 3
+    assert new_study(protocol="ouyang2025").base["edition"] == 3
     points = [{"recipe": "lightly-cifar10"}, {"recipe": "solo-learn-cifar"}]
-    assert new_study(mode="points", points=points, space={}).base["edition"] == 2
+    assert new_study(mode="points", points=points, space={}).base["edition"] == 3
     assert new_study(base={"recipe": "lightly-cifar10", "edition": 1}).base["edition"] == 1
     arrays = {"data": {"name": "stl10", "image_size": 64}}
     assert new_study(base=arrays).base["edition"] == 3
@@ -313,7 +332,7 @@ def test_a_new_study_writes_its_edition_down_where_it_matters() -> None:
 def test_a_stored_study_and_the_same_file_today_differ_by_the_edition_alone() -> None:
     tree = {**STUDY, "base": {"recipe": "solo-learn-cifar"}}
     assert differences(StudySpec.model_validate(tree), parse_study(tree, source="file")) == [
-        "base.edition: (none) -> 2"
+        "base.edition: (none) -> 3"
     ]
 
 
@@ -349,13 +368,11 @@ def test_a_stored_study_that_varies_the_size_resizes_what_is_not_stored_at_it() 
 
 
 def test_one_training_of_a_study_crops_first_at_a_size_that_is_set_for_it(tmp_path: Path) -> None:
-    """Its recipe alone would have written edition 2 down."""
     file = tmp_path / "s.toml"
     file.write_text(
         'name = "s"\nmode = "grid"\n[budget]\nepochs = 20\n[base]\nrecipe = "lightly-cifar10"\n'
         'data.name = "cifar10"\n[space]\nhead.dropout = [0.0]\n'
     )
-    assert point_of(file, []).edition == 2
     made = point_of(file, ["data.image_size=48"])
     assert (made.edition, made.data.image_size, made.data.resize_first) == (3, 48, False)
     assert made.data.normalization == "imagenet"

@@ -52,6 +52,10 @@ class ProbeConfig(Config):
     online_learning_rate: float = Field(default=0.1, gt=0.0)
     """Per 256 images (as it stands for `adamw`), of the probe that protocol `ouyang2025` trains along with
     the encoder: on detached features, without decay, one step a batch whatever the scheme."""
+    online_warmup_start: Literal["scaled", "same"] = "scaled"
+    """That probe's rate at the first step of a warm-up: `optimizer.warmup_start` itself, `same`, as in
+    solo-learn, whose scheduler starts every group there; or, `scaled`, as large a share of it as the probe's
+    peak is of the optimizer's."""
     offline: Literal["lars", "sgd", "lars-without-warmup"] = "lars"
     """How protocol `ouyang2025` trains its second probe, on the frozen encoder. `lars`: clipped LARS, weight
     decay 1e-4, 10 epochs of warm-up (a fifth of a training of less than 50), then a cosine

@@ -34,9 +34,10 @@ class TrialConfig(Config):
     given overrides it."""
     edition: Literal[1, 2, 3] = EDITION
     """Recipes and protocol `ouyang2025`'s second probe are as their sources have them from 2 on, and as
-    headsearch had them before in 1. Small square images at another size than they are stored at are cropped
-    first in 3, and have `data.resize_first` in 1 and 2. A study that depends on it writes it down when it is
-    made; one without it is from before."""
+    headsearch had them before in 1. In 3 the online probe's warm-up starts where solo-learn's does, and small
+    square images at another size than they are stored at are cropped first; in 1 and 2 they have
+    `data.resize_first`. A study that depends on it writes it down when it is made; one without it is from
+    before."""
     data: DataConfig = DataConfig()
     """Images and splits."""
     views: ViewsConfig = ViewsConfig()

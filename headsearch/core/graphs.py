@@ -18,8 +18,8 @@ from torch import Tensor
 
 from headsearch.core.features import Precision
 from headsearch.core.learner import Learner
-from headsearch.core.optimizers import set_rate
-from headsearch.core.steps import Batch, joint_steps, rate_of
+from headsearch.core.optimizers import set_rates
+from headsearch.core.steps import Batch, joint_steps, rates_of
 from headsearch.core.views import Views, ViewStream
 
 logger = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ class GraphedStep:
         The loss is overwritten by the next step. `steps` is how many an epoch has.
         """
         optimizer, config = self.learner.optimizer, self.learner.config.optimizer
-        set_rate(optimizer, rate_of(self.learner, config, number, steps))
+        set_rates(optimizer, rates_of(self.learner, optimizer, config, number, steps))
         graph = self._graph
         if graph is None:
             return self._step(images, labels)

@@ -107,7 +107,7 @@ def build_learner(config: TrialConfig, images: ImageSet, device: torch.device, h
     layout = torch.channels_last if config.training.channels_last else torch.contiguous_format
     encoder, head = encoder.to(device).to(memory_format=layout), head.to(device)
 
-    scheme, probe = config.scheme, (online, config.probe.online_learning_rate) if online else None
+    scheme, probe = config.scheme, (online, config.probe) if online else None
     head_optimizer = None
     if isinstance(scheme, AlternatingScheme):
         optimizer = build_optimizer(config.optimizer, encoder, online=probe)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from headsearch.config import LarsForm, OptimizerConfig
+from headsearch.config import LarsForm, OptimizerConfig, ProbeConfig
 
 CPU: Final = torch.device("cpu")
 OF_DEVICE: Final = ("lr", "capturable")
@@ -142,21 +142,24 @@ def parameter_groups(
 
 
 def build_optimizer(
-    config: OptimizerConfig, *modules: nn.Module, online: tuple[nn.Module, float] | None = None
+    config: OptimizerConfig, *modules: nn.Module, online: tuple[nn.Module, ProbeConfig] | None = None
 ) -> Optimizer:
-    """Build the optimizer of `config` over what is trainable in `modules`; `set_rate` gives its rates.
+    """Build the optimizer of `config` over what is trainable in `modules`; `set_rates` gives its rates.
 
-    `online` is a probe with a learning rate of its own, per 256 images, which follows the same schedule and
-    does not decay (solo-learn, methods/base.py).
+    `online` is a probe, which has a learning rate of its own and does not decay. Its rate follows the same
+    schedule, from where `online_warmup_start` says (solo-learn, methods/base.py, `learnable_params`).
 
-    On a GPU each group's rate is a tensor there, which `set_rate` fills: a CUDA graph reads it at each
+    On a GPU each group's rate is a tensor there, which `set_rates` fills: a CUDA graph reads it at each
     replay, and steps with a graph and without are the same to the bit.
     """
     groups = parameter_groups(modules, config.weight_decay, decay_all=config.decay_all)
     if online is not None:
-        probe, rate = online
-        own = parameter_groups([probe], 0.0)
-        groups += [group | {"relative": rate / config.learning_rate} for group in own]
+        probe, settings = online
+        rate = settings.online_learning_rate
+        own: dict[str, Any] = {"relative": rate / config.learning_rate}
+        if settings.online_warmup_start == "same":
+            own["learning_rate"] = rate
+        groups += [group | own for group in parameter_groups([probe], 0.0)]
     for place, group in enumerate(groups):
         group.setdefault("relative", 1.0)
         group["adapt"] = place % 2 == 0
@@ -179,12 +182,17 @@ def build_optimizer(
 
 
 def set_rate(optimizer: Optimizer, rate: float) -> None:
-    """Give all groups the rate of this step. Never waits for the device."""
-    for group in optimizer.param_groups:
+    """Give all groups `rate`, or their share of it. Never waits for the device."""
+    set_rates(optimizer, [rate * group["relative"] for group in optimizer.param_groups])
+
+
+def set_rates(optimizer: Optimizer, rates: Iterable[float]) -> None:
+    """Give each group its rate, as `learning_rates` computed them. Never waits for the device."""
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate * group["relative"])
+            group["lr"].fill_(rate)
         else:
-            group["lr"] = rate * group["relative"]
+            group["lr"] = rate
 
 
 def state_of(optimizer: Optimizer) -> dict[str, Any]:
@@ -206,8 +214,39 @@ def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
         group.update(own)
 
 
+def learning_rates(
+    optimizer: Optimizer,
+    config: OptimizerConfig,
+    *,
+    step: int,
+    steps_per_epoch: int,
+    epochs: int,
+    batch_size: int,
+) -> list[float]:
+    """Compute the learning rate of each of the optimizer's groups at `step`; see `learning_rate`.
+
+    A group has its share of the common rate, or a schedule of its own from `warmup_start` to its own peak.
+    The latter is solo-learn's: its scheduler starts all groups at `warmup_start_lr`, whatever their base
+    rates are (utils/lr_scheduler.py, `LinearWarmupCosineAnnealingLR.get_lr`).
+    """
+    times = {"step": step, "steps_per_epoch": steps_per_epoch, "epochs": epochs, "batch_size": batch_size}
+    common = learning_rate(config, **times)
+    return [
+        learning_rate(config, base=group["learning_rate"], **times)
+        if "learning_rate" in group
+        else common * group["relative"]
+        for group in optimizer.param_groups
+    ]
+
+
 def learning_rate(
-    config: OptimizerConfig, *, step: int, steps_per_epoch: int, epochs: int, batch_size: int
+    config: OptimizerConfig,
+    *,
+    step: int,
+    steps_per_epoch: int,
+    epochs: int,
+    batch_size: int,
+    base: float | None = None,
 ) -> float:
     """Compute the learning rate of `step`, counted from 0 over the whole training.
 
@@ -215,9 +254,12 @@ def learning_rate(
     the step after the last; with the schedule ``epoch``, each step has the rate of its epoch's first. With
     `warmup_peak` ``last_step`` the warm-up's last step has the peak already, as the cosine's first has. The
     peak is ``learning_rate * batch_size / 256`` for ``sgd`` and ``lars`` (linear scaling, Goyal et al. 2017),
-    where batch_size counts images and not views, and ``learning_rate`` for ``adamw``.
+    where batch_size counts images and not views, and ``learning_rate`` for ``adamw``. `base` is taken in
+    place of ``learning_rate``.
     """
-    peak = config.learning_rate * (1.0 if config.name == "adamw" else batch_size / 256)
+    peak = (config.learning_rate if base is None else base) * (
+        1.0 if config.name == "adamw" else batch_size / 256
+    )
     if config.schedule == "epoch":
         step -= step % steps_per_epoch
     warmup = config.warmup_epochs * steps_per_epoch

@@ -14,7 +14,7 @@ from headsearch.config import AlternatingScheme, JointScheme, OptimizerConfig
 from headsearch.core.features import Precision, arithmetic
 from headsearch.core.learner import Learner
 from headsearch.core.objectives import objective
-from headsearch.core.optimizers import learning_rate, set_rate
+from headsearch.core.optimizers import learning_rates, set_rates
 
 UNLABELLED: Final = -1
 """Label of an image that has none."""
@@ -73,18 +73,21 @@ class Batch:
         return known / (labels != UNLABELLED).sum().clamp(min=1)
 
     def descend(self, optimizer: Optimizer, config: OptimizerConfig, loss: Tensor) -> None:
-        """Step along the gradient of `loss`, at the learning rate of this batch."""
+        """Step along the gradient of `loss`, at the learning rates of this batch."""
         if not self.rates_given:
-            set_rate(optimizer, rate_of(self.learner, config, self.number, self.steps))
+            set_rates(optimizer, rates_of(self.learner, optimizer, config, self.number, self.steps))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
 
-def rate_of(learner: Learner, config: OptimizerConfig, number: int, steps: int) -> float:
-    """Compute the learning rate of batch `number`, counted from 0; an epoch has `steps`."""
+def rates_of(
+    learner: Learner, optimizer: Optimizer, config: OptimizerConfig, number: int, steps: int
+) -> list[float]:
+    """Compute each group's learning rate for batch `number`, counted from 0; an epoch has `steps`."""
     training = learner.config.training
-    return learning_rate(
+    return learning_rates(
+        optimizer,
         config,
         step=number,
         steps_per_epoch=steps,

@@ -14,8 +14,15 @@ import torch
 from references import adamw_step, fresh_generator
 from torch import nn
 
-from headsearch.config import OptimizerConfig
-from headsearch.core.optimizers import Lars, build_optimizer, learning_rate, set_rate
+from headsearch.config import OptimizerConfig, ProbeConfig
+from headsearch.core.optimizers import (
+    Lars,
+    build_optimizer,
+    learning_rate,
+    learning_rates,
+    set_rate,
+    set_rates,
+)
 
 STEPS = 20
 RATES = [0.0, *(0.25 * (1 + math.cos(step / 3)) + 0.004 for step in range(STEPS - 1))]
@@ -156,7 +163,7 @@ def test_online_probe_follows_the_schedule_at_its_own_rate(name: str, decay_all:
     )  # fmt: skip
     rng = fresh_generator()
     model, probe = Small(rng), nn.Linear(3, 5)
-    optimizer = build_optimizer(config, model, online=(probe, 0.15))
+    optimizer = build_optimizer(config, model, online=(probe, ProbeConfig(online_learning_rate=0.15)))
     mine = [g for g in optimizer.param_groups if any(p is q for p in g["params"] for q in probe.parameters())]
     others = [g for g in optimizer.param_groups if not any(g is own for own in mine)]
     assert [id(p) for g in mine for p in g["params"]] == [id(probe.weight), id(probe.bias)]
@@ -166,7 +173,7 @@ def test_online_probe_follows_the_schedule_at_its_own_rate(name: str, decay_all:
     peak = 0.4 * (1 if name == "adamw" else 0.25)
     for step in range(84):
         rate = learning_rate(config, step=step, **SCHEDULE)
-        set_rate(optimizer, rate)
+        set_rates(optimizer, learning_rates(optimizer, config, step=step, **SCHEDULE))
         factor = rate / peak  # of the schedule, up to 1
         assert 0 <= factor <= 1 + 1e-12
         own = 0.15 * (1 if name == "adamw" else 0.25)
@@ -180,7 +187,7 @@ def test_online_probe_moves_by_the_formula_beside_the_others() -> None:
     config = OptimizerConfig(
         name="lars", learning_rate=0.4, weight_decay=0.05, trust_coefficient=TRUST, clip=True, decay_all=True
     )
-    optimizer = build_optimizer(config, model, online=(probe, 0.1))
+    optimizer = build_optimizer(config, model, online=(probe, ProbeConfig(online_learning_rate=0.1)))
     named = {**dict(model.named_parameters()), "weight": probe.weight, "bias": probe.bias}
     wanted = {name: (flat(p), [0.0] * p.numel()) for name, p in named.items()}
     for lr in RATES:
@@ -229,6 +236,32 @@ def test_warm_up_from_a_start_that_no_batch_scales(start: float, batch_size: int
         else:
             assert ours == pytest.approx(theirs, rel=1e-9, abs=1e-12)
     assert learning_rate(config, step=0, steps_per_epoch=1, epochs=11, batch_size=batch_size) == start
+
+
+@pytest.mark.parametrize(("form", "first"), [("same", 0.01), ("scaled", 0.0025)])
+def test_where_the_online_probes_warm_up_starts(form: str, first: float) -> None:
+    """solo-learn's scheduler starts all groups at one rate; `scaled` starts the probe at its share of it."""
+    config = OptimizerConfig(
+        name="lars", learning_rate=0.4, warmup_epochs=10, warmup_start=0.01, warmup_peak="last_step"
+    )
+    model, probe = nn.Linear(4, 3), nn.Linear(3, 5)
+    settings = ProbeConfig.model_validate({"online_learning_rate": 0.1, "online_warmup_start": form})
+    optimizer = build_optimizer(config, model, online=(probe, settings))
+    restored = build_optimizer(config, model, online=(probe, settings))
+    restored.load_state_dict(optimizer.state_dict())
+    steps, epochs = 7, 25
+    total, warmup = epochs * steps, 10 * steps
+    theirs = zip(
+        solo_learn(0.8, 0.01, warmup, total, end=0.0),
+        solo_learn(0.2, first, warmup, total, end=0.0),
+        strict=True,
+    )
+    for step, (rate, own) in enumerate(theirs):
+        for one in (optimizer, restored):
+            ours = learning_rates(
+                one, config, step=step, steps_per_epoch=steps, epochs=epochs, batch_size=512
+            )
+            assert ours == pytest.approx([rate, rate, own, own], rel=1e-9, abs=1e-12)
 
 
 @pytest.mark.parametrize("final_ratio", [0.0, 0.02, 1.0])
