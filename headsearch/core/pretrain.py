@@ -5,8 +5,6 @@ From here: `learner` builds the networks, `epoch` makes the steps, `reporting` m
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 import time
@@ -25,6 +23,7 @@ from headsearch.core.encoders import feature_dim
 from headsearch.core.epoch import Position, train_epoch
 from headsearch.core.features import Precision, build_views, resolve_precision
 from headsearch.core.heads import HeadFacts, describe_head, head_facts
+from headsearch.core.identity import identities
 from headsearch.core.images import ImageSet
 from headsearch.core.learner import build_learner
 from headsearch.core.memory import memory_checked
@@ -127,15 +126,16 @@ def _trained(
         train = images.pretraining
         reporter = Reporter(learner, images.train, images.validation, views, precision)
 
-    identity = identify(config, images)
+    ours = identities(config, images)
     state = checkpoints.load() if checkpoints else None
-    if state and state.get("identity") != identity:
+    if state and state.get("identity") not in ours:
         assert checkpoints is not None  # noqa: S101 - it gave the state
         # Else it would pass for newer than ours; it is kept, for it may be the other images that are right.
         where = checkpoints.set_aside(str(state.get("identity")))
         logger.warning("checkpoint of another config or image set: kept as %s", where)
-        state = checkpoints.take_back(identity)
-        if state is None or state.get("identity") != identity:
+        taken_back = (checkpoints.take_back(identity) for identity in ours)
+        state = next((one for one in taken_back if one), None)
+        if state is None or state.get("identity") not in ours:
             logger.warning("training starts at epoch 1")
             state = None
     reports: list[EpochReport] = []
@@ -151,7 +151,7 @@ def _trained(
         if checkpoints:
             checkpoints.save(
                 {
-                    "identity": identity,
+                    "identity": ours[0],
                     "epoch": len(reports),
                     "position": vars(position) if position else None,
                     **learner.state(),
@@ -243,9 +243,3 @@ def check_steps(config: TrialConfig, images: ImageSet) -> None:
 def copied(weights: dict[str, Any]) -> dict[str, Tensor]:
     """Copies of tensors that training goes on to change."""
     return {name: value.detach().clone() for name, value in weights.items()}
-
-
-def identify(config: TrialConfig, images: ImageSet) -> str:
-    """Hash what a checkpoint belongs to."""
-    text = json.dumps([config.model_dump(mode="json"), images.fingerprint], sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
