@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import statistics
+import tomllib
 from datetime import UTC, datetime
+from pathlib import Path
 
 import optuna
 import pytest
@@ -32,9 +35,35 @@ SPACE = {
     "head.projection_dim": [2, 4, 8, 16, 32, 64],
     LEARNING_RATE: {"low": 0.001, "high": 10.0, "log": True},
 }
+CIFAR10 = tomllib.loads((Path(__file__).parents[2] / "studies" / "cifar10.toml").read_text())["space"]
+BINARY = ("data.normalization", "training.encode_views", "optimizer.decay_all")
+THREE = {**CIFAR10, "training.encode_views": ["together", "apart"], "optimizer.decay_all": [True, False]}
+ACTIVATIONS = ["identity", "relu", "leaky_relu", "elu", "gelu", "silu", "sigmoid", "tanh"]
 BEGAN = datetime(2026, 11, 27, tzinfo=UTC)
 STABLE = 0.001 * 10 ** (4 * 3 / 8)
 """Of the learning rate's range, 5/8 in the logarithm are above it."""
+
+
+def pair(params):
+    return params["head.activation"], params["data.normalization"]
+
+
+def ones(params):
+    return tuple(params[path] in ("zscore", "apart", True) for path in BINARY)
+
+
+COLLAPSING = {
+    "above a rate": (SPACE, lambda p: p[LEARNING_RATE] > STABLE),
+    "outside a band": (SPACE, lambda p: not 0.001 * 10**1.25 <= p[LEARNING_RATE] <= 0.001 * 10**2.75),
+    "choices": (
+        {**CIFAR10, "head.activation": ACTIVATIONS},
+        lambda p: p["head.activation"] in ACTIVATIONS[:5],
+    ),
+    "pairs": (CIFAR10, lambda p: pair(p) not in {("relu", "none"), ("silu", "zscore"), ("tanh", "none")}),
+    "triples": (THREE, lambda p: sum(ones(p)) != 1),
+}
+"""Spaces of which 5/8 collapse, and where they do: bounds of a number, five of eight choices, five of the eight
+pairs of an activation and a normalisation, five of the eight points of three binary axes."""
 
 
 def fail(database, study, work, reason):
@@ -42,11 +71,11 @@ def fail(database, study, work, reason):
     outcomes.finish(database, study, work.number, work.attempt, outcome)
 
 
-def lost_trials(database, study, reason):
-    """Work a study off whose trials fail above `STABLE`, before their first report; returns how many did."""
+def lost_trials(database, study, reason, collapses=COLLAPSING["above a rate"][1]):
+    """Work a study off whose trials fail where it `collapses`, before their first report; returns how many did."""
     while (work := claim(database, study, "w", "cpu")) not in (Idle.COMPLETED, Idle.DONE):
         assert isinstance(work, Claim)
-        if work.params[LEARNING_RATE] > STABLE:
+        if collapses(work.params):
             fail(database, study, work, reason)
         else:
             train(database, study, work)
@@ -56,30 +85,44 @@ def lost_trials(database, study, reason):
 
 
 @pytest.mark.slow
-def test_a_space_that_collapses_for_the_most_part_costs_a_third_of_the_trials(database, make_study):
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "where",
+    [
+        pytest.param(where, marks=() if where in ("above a rate", "pairs") else pytest.mark.hostile)
+        for where in COLLAPSING
+    ],
+)
+def test_a_space_that_collapses_for_the_most_part_costs_a_third_of_the_trials(database, make_study, where):
     """With 5/8 of it collapsing. Were they told as nothing, TPE would stay random: 28 of 44 are lost."""
+    space, collapses = COLLAPSING[where]
     lost = {}
-    for reason in ("collapsed", "lost"):
+    for reason, seeds in (("collapsed", 8), ("lost", 1)):
         lost[reason] = [
             lost_trials(
                 database,
                 make_study(
                     name=f"{reason}-{seed}",
-                    space=SPACE,
+                    space=space,
                     budget={"trials": 44, "epochs": 12, "rungs": [1, 3, 9]},
                     sampler={"seed": seed},
                 ),
                 reason,
+                collapses,
             )
-            for seed in (range(8) if reason == "collapsed" else range(2))
+            for seed in range(seeds)
         ]
-    print(f"\nlost of 44 trials, 8 seeds of the sampler: {lost}")
+    print(f"\n{where}: lost of 44 trials, by seed of the sampler: {lost}")
     assert statistics.fmean(lost["collapsed"]) <= 14
     assert statistics.fmean(lost["lost"]) > 20, "a machine's failures teach nothing"
 
 
-@pytest.mark.parametrize(("sampler", "trials"), [("nsga2", 24), ("gp", 9)])
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("sampler", "trials"), [("nsga2", 24), pytest.param("gp", 9, marks=pytest.mark.slow)]
+)
 def test_other_samplers_take_them_too(database, make_study, sampler, trials):
+    """The limit is for a busy machine: `gp` loads torch, and fits three models anew for each of its draws."""
     study = make_study(
         space=SPACE, budget={"trials": trials, "epochs": 2}, sampler={"name": sampler, "startup_trials": 6}
     )
@@ -250,6 +293,44 @@ def test_one_failure_among_many_good_ones_forbids_nothing():
     trained = [{"rate": 0.01 * n, "kind": "abcd"[n % 4]} for n in range(1, 16)]
     known = Feasibility(RATES, trained, [{"rate": 0.07, "kind": "c"}])
     assert all(known.is_likely(point) for point in (*trained, {"rate": 0.07, "kind": "c"}))
+
+
+PAIRS = {"act": Choices(choices=("relu", "tanh")), "norm": Choices(choices=("none", "zscore")), **RATES}
+
+
+def test_a_pair_of_values_is_unlikely_though_each_of_them_trains():
+    trained = [{"act": "relu", "norm": "none"}, {"act": "tanh", "norm": "zscore"}] * 4
+    failed = [{"act": "relu", "norm": "zscore"}, {"act": "tanh", "norm": "none"}] * 4
+    known = Feasibility(PAIRS, trained, failed)
+    assert all(known.is_likely(point) for point in trained)
+    assert not any(known.is_likely(point) for point in failed)
+    assert known.is_likely({"act": "relu"})
+
+
+def test_many_points_show_a_narrow_band():
+    """The middle eighth of the rates trains; what is as far beside it again does not."""
+    points = [(place, {"rate": 0.001 * 10 ** (4 * place)}) for place in ((n + 0.5) / 64 for n in range(64))]
+    trained, failed = (
+        [p for place, p in points if (abs(place - 0.5) < 1 / 16) == good] for good in (True, False)
+    )
+    known = Feasibility(RATES, trained, failed)
+    assert [known.is_likely({"rate": 0.001 * 10 ** (4 * (0.5 + n / 8))}) for n in (-1, 0, 1)] == [
+        False,
+        True,
+        False,
+    ]
+
+
+def test_chance_alone_forbids_little():
+    """Every fifth point fails, whatever its values are: an unlucky one is proposed again all the same."""
+    rng = random.Random(4)
+    space = {name: Choices(choices=tuple(range(4))) for name in "abcde"}
+    forbidden = []
+    for _ in range(20):
+        points = [{name: rng.randrange(4) for name in space} for _ in range(30)]
+        known = Feasibility(space, points[6:], points[:6])
+        forbidden += [not known.is_likely({name: rng.randrange(4) for name in space}) for _ in range(20)]
+    assert statistics.fmean(forbidden) < 0.2
 
 
 def test_the_likeliest_of_all_draws_is_taken_where_none_is_likely():
