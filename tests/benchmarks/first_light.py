@@ -9,16 +9,16 @@ written anew, so a run that is cut leaves what it had. Each step has a time limi
 all that it started, and its row says so. The exit code is 1 where something failed. `tests/benchmarks/gpu_section.py`
 makes the README's section of it.
 
-What each step takes on one H100 (SXM, 16 cores), as measured in November 2026; * as far as that tells:
+What each step takes on one H100 (16 cores), by what was measured in November 2026:
 
-    1  machine    doctor, a lease, 60,000 JPEG images decoded                    20 s *
+    1  machine    doctor, a lease, 60,000 JPEG images decoded                    20 s
     2  tests      pytest -m gpu: some 180 tests, views compiled for the CPU      85 s
-    3  bench      16 trainings of 4 s, two whole trials; compiled ones as fit   105 s
+    3  bench      16 trainings of 4 s, two whole trials; compiled ones as fit    90 s
     4  together   eight processes start, three rounds of 1, 2, 4, 8             25 s
     5  study      two workers start, 24 trials of one to three epochs           40 s
-    6  lightly    two encoders, four systems, two rounds of half a second       55 s *
-    7  published  100 epochs x 99,328 views at 55,000 views/s, readout         210 s *
-                                                                       in all  540 s
+    6  lightly    two encoders, four systems, two rounds of half a second       55 s
+    7  published  100 epochs x 99,328 views at 55,000 views/s, readout         210 s
+                                                                       in all  525 s
 """
 
 from __future__ import annotations
